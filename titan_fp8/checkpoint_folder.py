@@ -1,0 +1,96 @@
+"""A run's checkpoint folder: the names in it, what they promise, and repair after a killed run.
+
+    step-<n>        complete: written, synced to disk, and only then given this name
+    partial-<n>     being written; found at start, it is what a killed run left, and is removed
+    replaced-<n>    the former step-<n>, set aside while a new one takes its name; put back if it never did
+    stale-<n>       no longer kept, being deleted
+
+No torch and no torchtitan here: tools that only look for checkpoints start at once.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import shutil
+from pathlib import Path
+
+logger = logging.getLogger()  # torchtitan's: the root logger
+
+STEP, PARTIAL, REPLACED, STALE = "step-", "partial-", "replaced-", "stale-"
+"""Prefixes. Only complete checkpoints may contain "step-<n>": torchtitan and other readers search for it."""
+
+TORCH_TABLE, HF_TABLE = ".metadata", "model.safetensors.index.json"
+"""The file that is written last: table of contents of torch's format, or of a Hugging Face export."""
+
+
+def complete_steps(folder: str | os.PathLike[str]) -> list[int]:
+    """Steps with a complete checkpoint in `folder`, ascending; empty if there is no such folder."""
+    steps = []
+    if os.path.isdir(folder):
+        for entry in os.scandir(folder):
+            name = re.fullmatch(r"step-(\d+)", entry.name)
+            if name and any(os.path.isfile(os.path.join(entry.path, t)) for t in (TORCH_TABLE, HF_TABLE)):
+                steps.append(int(name[1]))
+    return sorted(steps)
+
+
+def tidy(folder: Path) -> None:
+    """Remove or put back what a killed run left in `folder`; remove the folder if that leaves it empty.
+
+    An empty folder would make torchtitan ignore checkpoint.initial_load_path.
+    """
+    if not folder.is_dir():
+        return
+    for entry in sorted(folder.iterdir()):
+        found = re.fullmatch(f"({PARTIAL}|{REPLACED}|{STALE})(\\d+)", entry.name)
+        if found is None:
+            continue
+        kind, final = found[1], folder / f"step-{found[2]}"
+        if kind == REPLACED and not final.exists():
+            logger.warning("Put back %s: an earlier run was stopped while replacing it.", final)
+            entry.rename(final)
+        else:
+            logger.warning("Removed %s: an earlier run was stopped before it had finished with it.", entry)
+            shutil.rmtree(entry)
+    if not any(folder.iterdir()):
+        folder.rmdir()
+
+
+def make_empty(folder: Path) -> None:
+    """Create `folder`, without anything an earlier attempt left in it."""
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+
+
+def sync(path: Path) -> None:
+    """Flush a file, or the names in a folder, to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sync_files(folder: Path) -> None:
+    """`sync` for everything below `folder`."""
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            sync(Path(parent, name))
+        sync(Path(parent))
+
+
+def free_space(folder: Path) -> str:
+    """Room on the disk under `folder`, in words for a message; empty if that cannot be told."""
+    try:
+        return f" ({shutil.disk_usage(folder).free / 2**30:.2f} GiB free)"
+    except OSError:
+        return ""
+
+
+def listed(steps: list[int]) -> str:
+    """The newest steps, for a message."""
+    shown = ", ".join(str(step) for step in steps[-10:])
+    return ("..., " if len(steps) > 10 else "") + (shown or "none")

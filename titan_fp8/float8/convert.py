@@ -1,0 +1,125 @@
+"""Put FP8 into a model: swap linears and attention by name, once, before the model is parallelised.
+
+    bf16        nothing is swapped
+    tensorwise  torchao's Float8Linear: every tensor scaled by its own amax, taken just before its cast
+    delayed     our Float8Linear, and Float8Attention if `[fp8] attention` asks for it
+
+Registered with torchtitan as the model converter "titan_fp8.float8".
+"""
+
+from __future__ import annotations
+
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import nn
+from torchtitan.tools.logging import logger
+
+from titan_fp8.config import Fp8
+from titan_fp8.errors import UserError
+
+from .attention import Float8Attention
+from .linear import Float8Linear
+from .scaling import DelayedScaling, Recipe, TensorScale
+
+STATE = "float8_state"  # name of the DelayedScaling submodule: a prefix of its keys in checkpoints
+
+
+def select(names: list[str], patterns: list[str]) -> list[str]:
+    """Names matched by the globs, in order; "!glob" takes names out. Raises UserError if a glob matches no name."""
+    chosen: set[str] = set()
+    for pattern in patterns:
+        glob = pattern.removeprefix("!")
+        hits = {name for name in names if fnmatchcase(name, glob)}
+        if not hits:
+            close = get_close_matches(glob, names, n=1, cutoff=0.3)
+            hint = f"did you mean {close[0]!r}?" if close else f"the model's linears are named like {names[:1]}"
+            raise UserError(f"[fp8] filter: every pattern must match a linear module, {pattern!r} matches none: {hint}")
+        chosen = chosen - hits if pattern.startswith("!") else chosen | hits
+    return [name for name in names if name in chosen]
+
+
+def convert(model: nn.Module, fp8: Fp8) -> int:
+    """Apply the recipe to the model in place. Returns the number of converted linears; logs "converted n of m".
+
+    Raises UserError: a filter that matches nothing, a dimension that is not a multiple of 16, a GPU without FP8.
+    """
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    if fp8.recipe == "bf16":
+        logger.info(f"FP8: recipe bf16, converted 0 of {len(linears)} linears")
+        return 0
+    _check_device()
+    chosen = {name: linears[name] for name in select(list(linears), fp8.filter)}
+    for name, linear in chosen.items():
+        if linear.in_features % 16 or linear.out_features % 16:
+            raise UserError(
+                f"FP8 GEMMs need dimensions that are multiples of 16, {name} is {linear.in_features} -> "
+                f'{linear.out_features}: change the shape, or leave it out with [fp8] filter = [..., "!{name}"]'
+            )
+    if fp8.recipe == "tensorwise":
+        _convert_tensorwise(model, set(chosen))
+    else:
+        _convert_delayed(model, chosen, fp8)
+    logger.info(
+        f"FP8: recipe {fp8.recipe}, attention {fp8.attention}, converted {len(chosen)} of {len(linears)} linears"
+    )
+    return len(chosen)
+
+
+def _check_device() -> None:
+    if torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 9):
+        major, minor = torch.cuda.get_device_capability()
+        raise UserError(
+            f"FP8 GEMMs need a GPU of compute capability 8.9 or later, got {torch.cuda.get_device_name()} "
+            f'({major}.{minor}): use [fp8] recipe = "bf16"'
+        )
+
+
+def _convert_tensorwise(model: nn.Module, names: set[str]) -> None:
+    from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+
+    # On CPU torchao's own emulation: its FP8 GEMM is a reference kernel there, a thousand times slower.
+    config = Float8LinearConfig(emulate=not torch.cuda.is_available())
+    convert_to_float8_training(model, config=config, module_filter_fn=lambda _, name: name in names)
+
+
+def _convert_delayed(model: nn.Module, linears: dict[str, nn.Linear], fp8: Fp8) -> None:
+    recipe = Recipe(fp8.amax_history, fp8.margin, fp8.power_of_two_scales)
+    for name, linear in linears.items():
+        model.set_submodule(name, Float8Linear.from_linear(linear, recipe))
+    if fp8.attention != "off":
+        for name, module in list(model.named_modules()):
+            if name.endswith("inner_attention"):
+                device = next(model.parameters()).device
+                with device:
+                    attention = Float8Attention(module.softmax_scale, recipe, fp8.attention == "full")
+                model.set_submodule(name, attention)
+    slots: dict[str, TensorScale] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, Float8Linear | Float8Attention):
+            slots |= {f"{name}.{tensor}": slot for tensor, slot in module.slots().items()}
+    with next(model.parameters()).device:
+        model.add_module(STATE, DelayedScaling(slots, recipe))
+
+
+def scaling_state(model: nn.Module) -> DelayedScaling | None:
+    """The model's delayed-scaling state, if its recipe has one."""
+    state = getattr(model, STATE, None)
+    return state if isinstance(state, DelayedScaling) else None
+
+
+class Float8Converter:
+    """torchtitan's ModelConverter protocol: converts after the model is built on meta, updates scales after each step."""
+
+    def __init__(self, job_config: Any, parallel_dims: Any):
+        self.fp8: Fp8 = job_config.fp8
+
+    def convert(self, model: nn.Module) -> None:
+        convert(model, self.fp8)
+
+    def post_optimizer_hook(self, model: nn.Module | list[nn.Module]) -> None:
+        for part in model if isinstance(model, list) else [model]:
+            if (state := scaling_state(part)) is not None:
+                state.update()

@@ -1,0 +1,57 @@
+"""FP8 GEMMs: scaled_mm for linears, bmm for attention's reference backend.
+
+Both take operands that ARE float8 tensors and accumulate in float32. An operand's layout is what Hopper's FP8 matrix unit
+asks for: contiguous along the summed dimension (a row-major, b column-major), every dimension a multiple of 16.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import bmm_flop, register_flop_formula
+
+
+def scaled_mm(
+    a_MK: Tensor, b_KN: Tensor, scale_a: Tensor, scale_b: Tensor, out_dtype: torch.dtype, fast: bool
+) -> Tensor:
+    """(a / scale_a) @ (b / scale_b) as [M, N] in out_dtype. a, b: float8; scales: 0-dim float32.
+
+    `fast`: Hopper may keep partial sums in fewer bits; used forward, where Transformer Engine and torchao do too.
+    """
+    inverse_a, inverse_b = scale_a.reciprocal(), scale_b.reciprocal()
+    if a_MK.device.type == "cpu":
+        # Same product with the scale repeated per row: oneDNN has no fast kernel for two E4M3 operands with one scale each.
+        inverse_a = inverse_a.expand(a_MK.shape[0], 1).contiguous()
+        inverse_b = inverse_b.expand(1, b_KN.shape[1]).contiguous()
+        fast = False
+    return torch._scaled_mm(
+        a_MK, b_KN, scale_a=inverse_a, scale_b=inverse_b, out_dtype=out_dtype, use_fast_accum=fast
+    )
+
+
+def column_major(x: Tensor) -> Tensor:
+    """x with its last two dimensions stored column-major."""
+    return x.transpose(-2, -1).contiguous().transpose(-2, -1)
+
+
+@torch.library.custom_op("titan_fp8::bmm", mutates_args=())
+def bmm(a_BMK: Tensor, b_BKN: Tensor) -> Tensor:
+    """a @ b as [B, M, N] float32, unscaled. a, b: float8.
+
+    Every FP8 value is a bfloat16 value, and bfloat16 products summed in float32 are FP8 products summed in float32: the
+    matrix unit used differs from an FP8 kernel's, the numbers do not.
+    """
+    if a_BMK.device.type == "cuda":
+        return torch.bmm(a_BMK.bfloat16(), b_BKN.bfloat16(), out_dtype=torch.float32)
+    with torch.autocast(a_BMK.device.type, enabled=False):
+        return torch.bmm(a_BMK.float(), b_BKN.float())
+
+
+@bmm.register_fake
+def _(a_BMK: Tensor, b_BKN: Tensor) -> Tensor:
+    return a_BMK.new_empty((a_BMK.shape[0], a_BMK.shape[1], b_BKN.shape[2]), dtype=torch.float32)
+
+
+@register_flop_formula(torch.ops.titan_fp8.bmm)
+def _bmm_flops(a_shape, b_shape, *args, out_shape=None, **kwargs) -> int:
+    return bmm_flop(a_shape, b_shape)

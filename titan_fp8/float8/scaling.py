@@ -1,0 +1,193 @@
+"""Delayed scaling: the scale of step t comes from the amaxes of steps before t.
+
+    scale_t = fp8_max / (2^margin * max(amax_{t-1}, ..., amax_{t-H}))         H = amax_history
+
+So a cast needs one pass over its tensor: it multiplies by a number known beforehand and, on the way, takes the amax that
+later steps will use (FOG, arXiv 2505.20524, section 2; the algorithm is Transformer Engine's "max").
+
+`TensorScale` is one tensor's slot inside a layer; `DelayedScaling` is the whole model's state and updates every slot at once,
+with one MAX all-reduce. On the very first step there is no history, and each tensor is scaled by its own amax.
+
+    layers write   slot.amax    (max over micro-batches; recomputation under activation checkpointing changes nothing)
+    layers read    slot.scale
+    update()       stack amaxes -> all-reduce -> history -> scales -> slots
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from .formats import E5M2, FP8_MAX, amax, saturating_cast, scale_from_amax, short_name
+
+
+class CastRule(NamedTuple):
+    """What one call of a layer needs of the recipe: constants to torch.compile, so it travels by value."""
+
+    margin: int
+    power_of_two: bool
+    calibrating: bool
+    record: bool
+
+
+@dataclass
+class Recipe:
+    """What the layers of one model share. `calibrating` is true until the first update: no amax of an earlier step exists."""
+
+    history: int = 1024
+    margin: int = 0
+    power_of_two: bool = False
+    calibrating: bool = True
+
+    def rule(self, record: bool) -> CastRule:
+        return CastRule(self.margin, self.power_of_two, self.calibrating, record)
+
+
+class TensorScale(nn.Module):
+    """One FP8 tensor's scale in use and the amax seen since the last update (0-dim float32 buffers).
+
+    The buffers are not saved: `DelayedScaling` keeps the truth and writes them.
+    """
+
+    scale: Tensor
+    amax: Tensor
+
+    def __init__(self, dtype: torch.dtype):
+        super().__init__()
+        self.dtype = dtype
+        self.register_buffer("scale", torch.ones(()), persistent=False)
+        self.register_buffer("amax", torch.zeros(()), persistent=False)
+
+    def extra_repr(self) -> str:
+        return f"delayed_{short_name(self.dtype)}"
+
+
+def quantize(
+    x: Tensor, scale: Tensor, seen: Tensor, dtype: torch.dtype, rule: CastRule
+) -> tuple[Tensor, Tensor]:
+    """(q, scale used): x cast to FP8 with the delayed `scale`, its amax folded into `seen` (both 0-dim float32).
+
+    A non-finite amax stays visible in `seen` (torch.maximum keeps NaN) until `DelayedScaling.update` counts it.
+    """
+    if rule.record or rule.calibrating:
+        now = amax(x)
+        if rule.record:
+            seen.copy_(torch.maximum(seen, now))
+        if rule.calibrating:
+            scale = scale_from_amax(now, FP8_MAX[dtype], rule.margin, rule.power_of_two)
+    return saturating_cast(x, scale, dtype), scale
+
+
+class DelayedScaling(nn.Module):
+    """Histories and scales of all N FP8 tensors of a model; a submodule of it, so that checkpoints carry the state.
+
+    Buffers (saved): history [H, N] and scale, last_amax, saturation [N] float32; saturated_steps, nonfinite_steps [N] and
+    steps [] int64. `saturation` is the last step's amax over the largest magnitude its scale could hold: above 1 it clamped.
+    """
+
+    history: Tensor
+    scale: Tensor
+    last_amax: Tensor
+    saturation: Tensor
+    saturated_steps: Tensor
+    nonfinite_steps: Tensor
+    steps: Tensor
+    fp8_max: Tensor
+
+    def __init__(self, slots: Mapping[str, TensorScale], recipe: Recipe):
+        super().__init__()
+        self.names = list(slots)
+        self.slots = tuple(slots.values())  # a tuple: they are the layers' submodules, not ours
+        self.recipe = recipe
+        n = len(self.slots)
+        self.register_buffer("history", torch.zeros(recipe.history, n))
+        self.register_buffer("scale", torch.ones(n))
+        self.register_buffer("last_amax", torch.zeros(n))
+        self.register_buffer("saturation", torch.zeros(n))
+        self.register_buffer("saturated_steps", torch.zeros(n, dtype=torch.int64))
+        self.register_buffer("nonfinite_steps", torch.zeros(n, dtype=torch.int64))
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("fp8_max", torch.zeros(n), persistent=False)
+        self.register_load_state_dict_post_hook(lambda module, _: module.refresh())  # type: ignore
+
+    def init_weights(self) -> None:
+        """Fresh state (after `to_empty` the buffers hold garbage)."""
+        for buffer in self.buffers():
+            buffer.zero_()
+        self.scale.fill_(1.0)
+        self.fp8_max.copy_(torch.tensor([FP8_MAX[slot.dtype] for slot in self.slots]))
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Bring slots and the calibration flag in line with the buffers, after a start or a load."""
+        if self.steps.is_meta:
+            return
+        self._write_slots()
+        self.recipe.calibrating = int(self.steps) == 0
+
+    def _write_slots(self) -> None:
+        torch._foreach_copy_([slot.scale for slot in self.slots], list(self.scale.unbind()))
+        torch._foreach_zero_([slot.amax for slot in self.slots])
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Take this step's amaxes into the history and compute the next step's scales. Call once per step, on every rank.
+
+        Amaxes that are not finite are counted and never enter the history: the tensor's previous row stands in. A tensor
+        that saw nothing keeps its scale. No host synchronisation.
+        """
+        now = torch.stack([slot.amax for slot in self.slots])
+        now = torch.where(now.isfinite(), now, torch.inf)  # MAX over ranks loses NaN, but not inf
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            dist.all_reduce(now, op=dist.ReduceOp.MAX)
+        finite = now.isfinite()
+        self.nonfinite_steps += ~finite
+        if not self.recipe.calibrating:
+            self.saturation.copy_(now * self.scale / self.fp8_max)
+            self.saturated_steps += finite & (self.saturation > 1 + 1e-6)  # not what rounding alone puts above 1
+
+        rows = self.history.shape[0]
+        row = self.steps % rows
+        previous = self.history[(row - 1) % rows]
+        self.history.index_copy_(0, row.view(1), torch.where(finite, now, previous)[None])
+        largest = self.history.amax(0)
+        fresh = scale_from_amax(largest, self.fp8_max, self.recipe.margin, self.recipe.power_of_two)
+        self.scale.copy_(torch.where(largest > 0, fresh, self.scale))
+        self.last_amax.copy_(now)
+        self.steps += 1
+        self._write_slots()
+        self.recipe.calibrating = False
+
+    @torch.no_grad()
+    def rescale_gradients(self, factor: Tensor | float) -> None:
+        """The loss scale changed by `factor`: so will every gradient's amax. Keeps histories and scales in step with it."""
+        gradient = torch.tensor([slot.dtype == E5M2 for slot in self.slots], device=self.scale.device)
+        factors = torch.where(gradient, factor, 1.0)
+        self.history *= factors
+        self.scale /= factors
+        self._write_slots()
+
+    def report(self) -> dict[str, dict[str, float]]:
+        """Tensor name -> the last step's amax and saturation, the scale now in use, and counts. Copies to the host."""
+        table = torch.stack(
+            [
+                self.last_amax.double(),
+                self.scale.double(),
+                self.saturation.double(),
+                self.saturated_steps.double(),
+                self.nonfinite_steps.double(),
+            ]
+        ).tolist()
+        keys = ("amax", "scale", "saturation", "saturated_steps", "nonfinite_steps")
+        return {
+            name: {key: column[i] for key, column in zip(keys, table, strict=True)}
+            for i, name in enumerate(self.names)
+        }
+
+    def extra_repr(self) -> str:
+        return f"tensors={len(self.slots)}, {self.recipe}"

@@ -1,0 +1,95 @@
+"""State-dict adapter: Hugging Face Llama in and out.
+
+Both sides rotate the halves of a head, so weights keep their rows and only names change; export and re-import is exact.
+A tied model has no `lm_head.weight`. FP8 scaling state is not part of a Hugging Face checkpoint and is left out.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import Any
+
+from torchtitan.protocols.state_dict_adapter import StateDictAdapter
+
+from titan_fp8.errors import UserError
+
+from .args import DecoderArgs
+
+_TO_HF = {
+    "tok_embeddings.weight": "model.embed_tokens.weight",
+    "layers.{}.attention.wq.weight": "model.layers.{}.self_attn.q_proj.weight",
+    "layers.{}.attention.wk.weight": "model.layers.{}.self_attn.k_proj.weight",
+    "layers.{}.attention.wv.weight": "model.layers.{}.self_attn.v_proj.weight",
+    "layers.{}.attention.wo.weight": "model.layers.{}.self_attn.o_proj.weight",
+    "layers.{}.feed_forward.w1.weight": "model.layers.{}.mlp.gate_proj.weight",
+    "layers.{}.feed_forward.w3.weight": "model.layers.{}.mlp.up_proj.weight",
+    "layers.{}.feed_forward.w2.weight": "model.layers.{}.mlp.down_proj.weight",
+    "layers.{}.attention_norm.weight": "model.layers.{}.input_layernorm.weight",
+    "layers.{}.ffn_norm.weight": "model.layers.{}.post_attention_layernorm.weight",
+    "norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+}
+_FROM_HF = {theirs: ours for ours, theirs in _TO_HF.items()}
+
+
+def _rename(key: str, table: dict[str, str]) -> str | None:
+    number = re.search(r"layers\.(\d+)\.", key)
+    if number is None:
+        return table.get(key)
+    name = table.get(key.replace(f"layers.{number[1]}.", "layers.{}.", 1))
+    return None if name is None else name.format(number[1])
+
+
+class LlamaAdapter(StateDictAdapter):
+    """torchtitan's StateDictAdapter for decoders that are Llama: pre-norm, gated FFN, no QK regularisation, final norm."""
+
+    def __init__(self, model_args: DecoderArgs, hf_assets_path: str | None):
+        # torchtitan's default path is a folder of its own tests; a path that is not there means: none given.
+        super().__init__(model_args, hf_assets_path if os.path.isdir(hf_assets_path or "") else None)
+        self.model_args = model_args
+
+    def _check(self) -> None:
+        args = self.model_args
+        is_llama = (
+            args.norm_placement == "pre"
+            and args.qk_norm == "none"
+            and args.activation in ("swiglu", "smooth_swiglu")
+            and args.final_norm
+            and args.input_scale == 1.0
+            and abs(args.softmax_scale * args.head_dim**0.5 - 1) < 1e-6
+        )
+        if not is_llama:
+            raise UserError(
+                f"Hugging Face's Llama form needs a Llama architecture, got norm {args.norm_placement}, qk_norm "
+                f'{args.qk_norm}, activation {args.activation}: use [architecture] preset = "llama", or keep DCP checkpoints'
+            )
+
+    def to_hf(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Our names -> Llama's. Raises UserError if the model is not a Llama."""
+        self._check()
+        renamed = {}
+        for key, value in state_dict.items():
+            if key.startswith("float8_state."):
+                continue
+            name = _rename(key, _TO_HF)
+            assert name is not None, f"no Hugging Face name for {key}"
+            renamed[name] = value
+        return renamed
+
+    def from_hf(self, hf_state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Llama's names -> ours. Raises UserError for a weight that this decoder has no place for (a bias, say)."""
+        self._check()
+        renamed = {}
+        for key, value in hf_state_dict.items():
+            if key.endswith("rotary_emb.inv_freq"):
+                continue
+            if key == "lm_head.weight" and self.model_args.tie_embeddings:
+                continue
+            name = _rename(key, _FROM_HF)
+            if name is None:
+                raise UserError(
+                    f"a Llama checkpoint has no weight {key!r} that this decoder could take: convert a plain Llama"
+                )
+            renamed[name] = value
+        return renamed

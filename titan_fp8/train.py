@@ -1,0 +1,265 @@
+"""Entry point: `torchrun ... -m titan_fp8.train --job.config_file train_configs/debug.toml` (see run_train.sh).
+
+`Trainer` is torchtitan's, with a train step that decides on the device whether the optimizer may act:
+
+    forward, backward (loss * loss scale)  ->  norms of all gradients  ->  unscale and clip
+    norm not finite?  the optimizer's step is a no-op on the device, the loss scale backs off, the watch remembers
+    FP8 scales for the next step (the converter's hook)  ->  at log steps and before checkpoints the host looks
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+from typing import Any
+
+from titan_fp8 import device
+
+device.install()  # before anything of torchtitan is imported
+
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+from torch.distributed.tensor import DTensor  # noqa: E402
+from torchtitan import train as titan  # noqa: E402
+from torchtitan.components.loss import IGNORE_INDEX  # noqa: E402
+from torchtitan.distributed import utils as dist_utils  # noqa: E402
+from torchtitan.tools.logging import init_logger, logger  # noqa: E402
+
+from titan_fp8.checkpoint import SafeCheckpointManager  # noqa: E402
+from titan_fp8.config import load_config  # noqa: E402
+from titan_fp8.data.dataset import unigram_entropy  # noqa: E402
+from titan_fp8.errors import UserError  # noqa: E402
+from titan_fp8.float8.convert import scaling_state  # noqa: E402
+from titan_fp8.float8.loss_scale import LossScaler  # noqa: E402
+from titan_fp8.stability.statistics import FiniteWatch  # noqa: E402
+
+
+class Trainer(titan.Trainer):
+    """torchtitan's Trainer with gradient gating, loss scaling, FP8 reporting and safe checkpoints."""
+
+    def __init__(self, job_config: Any):
+        super().__init__(job_config)
+        (self.model,) = self.model_parts
+        self.scaling = scaling_state(self.model)
+        self.loss_scaler = LossScaler(job_config.fp8.loss_scale, self.device)
+        self.parameters = {_plain(name): p for name, p in self.model.named_parameters()}
+        blocks = {f"layers.{name}": block for name, block in self.model.get_submodule("layers").named_children()}
+        self.watch = FiniteWatch(blocks, list(self.parameters), self.device)
+        self.token_bytes = torch.from_numpy(self.tokenizer.token_byte_lengths())  # stays on CPU, as labels do
+        self.started = False  # has this process trained a step
+
+        self.checkpointer.close()
+        self.checkpointer = SafeCheckpointManager(
+            dataloader=self.dataloader,
+            model_parts=self.model_parts,
+            optimizers=self.optimizers,
+            lr_schedulers=self.lr_schedulers,
+            states={"train_state": self},
+            checkpoint_config=job_config.checkpoint,
+            sd_adapter=self.train_spec.state_dict_adapter(self.model_args, job_config.model.hf_assets_path),
+            base_folder=job_config.job.dump_folder,
+        )
+        processor = self.metrics_processor
+        processor.unigram_entropy = unigram_entropy(job_config, self.tokenizer)
+        if self.scaling is not None:
+            processor.fp8_report = self.scaling.report
+
+    def forward_backward_step(
+        self, *, input_dict: dict[str, torch.Tensor], labels: torch.Tensor, global_valid_tokens: torch.Tensor
+    ) -> torch.Tensor:
+        """Forward and backward of one micro-batch. Returns this rank's summed loss over the global token count."""
+        with self.train_context():
+            with self.maybe_enable_amp:
+                loss = self.loss_fn(self.model(input_dict["input"]), labels) / global_valid_tokens
+            (loss * self.loss_scaler.scale).backward()
+        return loss
+
+    def train_step(self, data_iterator: Any) -> None:
+        if not self.started:
+            self.started = True
+            self.metrics_processor.resume(self.step - 1)
+        self.optimizers.zero_grad()
+        lr = self.lr_schedulers.schedulers[0].get_last_lr()[0]
+
+        microbatches = [next(data_iterator) for _ in range(self.gradient_accumulation_steps)]
+        local_tokens = sum((labels != IGNORE_INDEX).sum() for _, labels in microbatches)
+        sums = torch.stack([local_tokens, sum(self._text_bytes(labels) for _, labels in microbatches)])
+        sums = sums.to(self.device)
+        if self.parallel_dims.dp_enabled:
+            dist.all_reduce(sums, group=self.parallel_dims.get_mesh("batch").get_group())
+        tokens, text_bytes = sums.unbind()
+
+        losses = []
+        for input_dict, labels in microbatches:
+            input_dict = {key: value.to(self.device) for key, value in input_dict.items()}
+            loss = self.forward_backward_step(
+                input_dict=input_dict, labels=labels.to(self.device), global_valid_tokens=tokens
+            )
+            losses.append(loss.detach())
+        loss = torch.stack(losses).sum()
+
+        grads = self._gradients()
+        norms = self._gradient_norms(grads)
+        scale = self.loss_scaler.scale
+        grad_norm = torch.linalg.vector_norm(norms) / scale
+        overflow = ~grad_norm.isfinite()
+        self._clip(grads, grad_norm, scale)
+        self.checkpointer.maybe_wait_for_staging()
+        for optimizer in self.optimizers:
+            optimizer.found_inf = overflow.float()  # fused AdamW does nothing where this is 1, without a host sync
+        self.optimizers.step()
+        self.lr_schedulers.step()
+
+        # Where the loss scale can still fall, an overflow is its business; elsewhere it is a bad step.
+        loss_is_bad = self._anywhere(~loss.isfinite())
+        backs_off = self.job_config.fp8.loss_scale.enable
+        bad = overflow & (loss_is_bad | self.loss_scaler.at_minimum()) if backs_off else overflow
+        self.watch.record(self.step, bad, loss, norms)
+        ratio = self.loss_scaler.update(overflow)
+        if backs_off and self.scaling is not None:
+            self.scaling.rescale_gradients(ratio)
+
+        logging = self.metrics_processor.should_log(self.step)
+        if logging:
+            self._log(loss, local_tokens, tokens, text_bytes, grad_norm, lr)
+        last = self.step == self.job_config.training.steps
+        if logging or self.checkpointer._should_save(self.step, last_step=last):
+            self._stop_if_bad()
+
+    def _text_bytes(self, labels: torch.Tensor) -> torch.Tensor:
+        return self.token_bytes[labels[labels != IGNORE_INDEX]].sum()
+
+    def _anywhere(self, flag: torch.Tensor) -> torch.Tensor:
+        """[] bool: true on any data-parallel rank."""
+        if not self.parallel_dims.dp_enabled:
+            return flag
+        number = flag.float()
+        dist.all_reduce(number, op=dist.ReduceOp.MAX)
+        return number > 0
+
+    def _gradients(self) -> list[torch.Tensor]:
+        """This rank's part of every parameter's gradient, in the order of `self.parameters`."""
+        grads = [parameter.grad for parameter in self.parameters.values()]
+        return [grad.to_local() if isinstance(grad, DTensor) else grad for grad in grads]
+
+    def _gradient_norms(self, grads: list[torch.Tensor]) -> torch.Tensor:
+        """[P] float32: the norm of every parameter's whole gradient."""
+        norms = torch.stack(torch._foreach_norm(grads, 2.0, dtype=torch.float32))
+        if self.parallel_dims.fsdp_enabled:
+            squares = norms.square()
+            dist.all_reduce(squares, group=self.parallel_dims.get_mesh("fsdp").get_group())
+            norms = squares.sqrt()
+        return norms
+
+    def _clip(self, grads: list[torch.Tensor], grad_norm: torch.Tensor, scale: torch.Tensor) -> None:
+        """Divide all gradients by the loss scale and clip their norm to training.max_norm."""
+        factor = (self.job_config.training.max_norm / (grad_norm + 1e-6)).clamp(max=1.0) / scale
+        torch._foreach_mul_(grads, factor.to(grads[0].dtype))
+
+    def _log(
+        self,
+        loss: torch.Tensor,
+        local_tokens: Any,
+        tokens: torch.Tensor,
+        text_bytes: torch.Tensor,
+        grad_norm: torch.Tensor,
+        lr: float,
+    ) -> None:
+        """Reduce over ranks, copy to the host, hand to the metrics processor. Every rank calls it."""
+        average, largest, seen = float(loss), float(loss), self.ntokens_seen
+        if self.parallel_dims.dp_cp_enabled:
+            mesh = self.parallel_dims.get_optional_mesh("loss")
+            average = dist_utils.dist_sum(loss, mesh)
+            largest = dist_utils.dist_max(loss * tokens / local_tokens.to(self.device), mesh)
+            seen = int(dist_utils.dist_sum(torch.tensor(seen, dtype=torch.int64, device=self.device), mesh))
+        extra = {
+            "n_tokens_seen": seen,
+            "lr": lr,
+            "bits_per_byte": average * int(tokens) / math.log(2) / max(int(text_bytes), 1),
+            "skipped_steps": int(self.watch.total) + int(self.loss_scaler.skipped),
+            "nonfinite_steps": int(self.watch.total),
+        }
+        if self.job_config.fp8.loss_scale.enable:
+            extra["loss_scale"] = float(self.loss_scaler.scale)
+            extra["skipped_steps"] = int(self.loss_scaler.skipped)
+        self.metrics_processor.log(self.step, average, largest, float(grad_norm), extra_metrics=extra)
+
+    def _stop_if_bad(self) -> None:
+        """Stop before anything is overwritten if more steps in a row were bad than allowed. The same on all ranks."""
+        if int(self.watch.step) == 0:
+            return
+        allowed = self.job_config.stability.skip_nonfinite_steps
+        what = self.watch.describe()
+        if int(self.watch.longest) > allowed:
+            state = self.scaling
+            if state is not None:
+                names = [name for name, bad in zip(state.names, state.nonfinite_steps.tolist(), strict=True) if bad]
+                if names:
+                    what += f" (FP8 tensors with a non-finite amax: {names[0]}{f' and {len(names) - 1} more' if names[1:] else ''})"
+            raise UserError(
+                f"{what}; weights were not updated and no checkpoint was written from it: look at that step's data, lower "
+                f"optimizer.lr, or go on past such steps with --stability.skip_nonfinite_steps={allowed + 1}"
+            )
+        logger.warning(f"Skipped the optimizer: {what}")
+        self.watch.forget()
+
+    def train(self) -> None:
+        super().train()
+        if dist.get_rank() != 0:
+            return
+        config = self.job_config
+        if not self.started:
+            raise UserError(
+                f"{config.job.dump_folder} holds a finished run, step {self.step} of {config.training.steps}: train on with "
+                f"--training.steps={2 * self.step}, or start anew with another --job.dump_folder"
+            )
+        for line in self.metrics_processor.summary():
+            print(line, flush=True)
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"loss_scale": self.loss_scaler.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        if "loss_scale" in state_dict:
+            self.loss_scaler.load_state_dict(state_dict["loss_scale"])
+
+
+def _plain(name: str) -> str:
+    """A parameter's name without the wrappers of torch.compile and activation checkpointing."""
+    return name.replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", "")
+
+
+def _report(error: UserError) -> None:
+    """One line on stderr, and for run_train.sh, which prints it again below torchrun's own report."""
+    message = f"error: {error}"
+    print(message, file=sys.stderr, flush=True)
+    if path := os.environ.get("TITAN_FP8_ERROR_FILE"):
+        with open(path, "w") as file:
+            file.write(str(error) + "\n")
+
+
+def main() -> int:
+    """Train as the command line says. Exit status 0, or 2 after an error the user can mend."""
+    try:
+        config = load_config(sys.argv[1:])
+        init_logger()
+        trainer = Trainer(config)
+        try:
+            if config.checkpoint.create_seed_checkpoint:
+                trainer.checkpointer.save(curr_step=0, last_step=True)
+            else:
+                trainer.train()
+        finally:
+            trainer.close()
+        dist.destroy_process_group()
+    except UserError as error:
+        if int(os.environ.get("RANK", 0)) == 0:
+            _report(error)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
