@@ -8,6 +8,7 @@ import logging
 import os
 import resource
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint import filesystem
 
-from titan_fp8.checkpoint import FP8_STATE, SafeCheckpointManager, compare_weights
+from titan_fp8.checkpoint import FP8_STATE, SafeCheckpointManager, _file_trouble, compare_weights
 from titan_fp8.checkpoint_folder import complete_steps, tidy
 from titan_fp8.errors import UserError
 
@@ -52,9 +53,9 @@ class Counter:
 
 
 class Run:
-    """A model, its optimizer and schedule, and a checkpoint manager over `folder`."""
+    """A model, its optimizer and schedule, and a checkpoint manager below `base`."""
 
-    def __init__(self, folder: Path, model: nn.Module | None = None, adapter=None, **settings):
+    def __init__(self, base: Path, model: nn.Module | None = None, adapter=None, **settings):
         from torchtitan.components.lr_scheduler import LRSchedulersContainer
         from torchtitan.components.optimizer import OptimizersContainer
         from torchtitan.config import Checkpoint
@@ -71,7 +72,7 @@ class Run:
             states={"train_state": self.counter},
             checkpoint_config=config,
             sd_adapter=adapter,
-            base_folder=str(folder),
+            base_folder=str(base),
         )
 
     def train(self, steps: int = 1, last: bool = False) -> Run:
@@ -119,7 +120,9 @@ def test_round_trip(tmp_path, place, mode):
     assert second.manager.load()
     assert second.counter.step == 3 and same(first.state(), second.state())
     # Both go on in the same way: everything that matters was in the checkpoint.
-    assert same(first.train().state(), second.train().state())
+    state = first.train().state()
+    first.manager.close()
+    assert same(state, second.train().state())
     assert Run(tmp_path).manager.load(step=1)
 
 
@@ -259,12 +262,12 @@ def test_close_does_not_hide_the_error_that_ended_the_run(tmp_path, monkeypatch,
 
 
 def test_write_that_the_kernel_refuses(tmp_path, place):
-    """A real short write: torch.save hides the reason in an error of its own."""
+    """A real failure in the middle of a file."""
     run = Run(tmp_path, model=Tiny(width=2000)).train()
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
     try:
-        refusal(run.train, "could not save step-2", "a write failed", "GiB free", "step-1")
+        refusal(run.train, "could not save step-2", "File too large", "GiB free", "step-1")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert os.listdir(place) == ["step-1"]
@@ -290,9 +293,20 @@ def test_a_really_full_disk(tmp_path):
         subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
+def test_write_error_of_another_rank():
+    """Between processes only torch.save's own error arrives, without the OSError behind it."""
+    hidden = RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598")
+    failures = {1: dcp.api._wrap_exception(hidden)}
+    assert _file_trouble(dcp.api.CheckpointException("write", failures)) == "a write failed"
+    assert _file_trouble(ConnectionResetError("peer")) is None, "the network is not the disk"
+    assert _file_trouble(RuntimeError("something else")) is None
+
+
 def test_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "checkpoint").write_text("a file")
-    refusal(Run(tmp_path).train, "could not save step-1", "File exists", "last good checkpoint is none yet")
+    refusal(
+        Run(tmp_path).train, "could not save step-1", "Not a directory", "last good checkpoint is none yet"
+    )
 
 
 def test_errors_that_are_not_about_files_stay_themselves(tmp_path, place, monkeypatch):
@@ -388,7 +402,7 @@ def test_load_step_that_does_not_exist(tmp_path, place):
 def test_model_only_last_save_cannot_be_resumed(tmp_path, place):
     Run(tmp_path, last_save_model_only=True).train(2, last=True)
     run = Run(tmp_path)
-    words = "step-2 lacks optimizer, lr_scheduler, train_state", "there are: 1, 2", "initial_load_path"
+    words = "step-2 lacks train_state, optimizer, lr_scheduler", "there are: 1, 2", "initial_load_path"
     refusal(run.manager.load, *words)
     assert run.manager.load(step=1)
     fresh = Run(tmp_path, folder="new", initial_load_path=str(place / "step-2"))
@@ -459,3 +473,17 @@ def test_hugging_face_export(tmp_path, place, mapping):
     run = Run(tmp_path, model=Tiny(history=3), adapter=Adapter(mapping), **start)
     assert run.manager.load()
     assert torch.equal(run.model.up.weight, model.up.weight)
+
+
+def test_two_ranks(tmp_path):
+    """Sharded by FSDP2 over two processes; a write that fails on rank 1 is the same error on both."""
+    worker = str(Path(__file__).with_name("checkpoint_ranks.py"))
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", worker, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent.parent)},
+        timeout=120,
+    )
+    assert done.returncode == 0, f"{done.stdout[-1000:]}\n{done.stderr[-3000:]}"
+    assert done.stdout.count("ok") == 2

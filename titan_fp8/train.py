@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import sys
@@ -62,8 +63,19 @@ class Trainer(titan.Trainer):
         )
         processor = self.metrics_processor
         processor.unigram_entropy = unigram_entropy(job_config, self.tokenizer)
+        processor.next_command = f"python tools/plot.py {job_config.job.dump_folder}   (a picture of this run)"
+        processor.log_folder = _log_folder(job_config)
         if self.scaling is not None:
             processor.fp8_report = self.scaling.report
+
+    def init_distributed(self) -> Any:
+        dims = super().init_distributed()
+        if dims.dp_replicate > 1 and dims.dp_shard == 1:
+            raise UserError(
+                f"plain data parallel is not supported (torchtitan 0.2.2 halves its gradients), got replicate degree "
+                f"{dims.dp_replicate} with shard degree 1: use --parallelism.data_parallel_replicate_degree=1 (FSDP2)"
+            )
+        return dims
 
     def forward_backward_step(
         self, *, input_dict: dict[str, torch.Tensor], labels: torch.Tensor, global_valid_tokens: torch.Tensor
@@ -120,11 +132,11 @@ class Trainer(titan.Trainer):
         if backs_off and self.scaling is not None:
             self.scaling.rescale_gradients(ratio)
 
-        logging = self.metrics_processor.should_log(self.step)
-        if logging:
+        shown = self.metrics_processor.should_log(self.step)
+        if shown:
             self._log(loss, local_tokens, tokens, text_bytes, grad_norm, lr)
         last = self.step == self.job_config.training.steps
-        if logging or self.checkpointer._should_save(self.step, last_step=last):
+        if shown or self.checkpointer._should_save(self.step, last_step=last):
             self._stop_if_bad()
 
     def _text_bytes(self, labels: torch.Tensor) -> torch.Tensor:
@@ -231,6 +243,18 @@ def _plain(name: str) -> str:
     return name.replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", "")
 
 
+def _log_folder(config: Any) -> str:
+    return os.path.join(config.job.dump_folder, "logs")
+
+
+def _log_to_file(config: Any) -> None:
+    """Keep what every rank says in <dump_folder>/logs/rank<n>.log, beside the console."""
+    os.makedirs(_log_folder(config), exist_ok=True)
+    handler = logging.FileHandler(os.path.join(_log_folder(config), f"rank{os.environ.get('RANK', 0)}.log"))
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logger.addHandler(handler)
+
+
 def _report(error: UserError) -> None:
     """One line on stderr, and for run_train.sh, which prints it again below torchrun's own report."""
     message = f"error: {error}"
@@ -245,6 +269,7 @@ def main() -> int:
     try:
         config = load_config(sys.argv[1:])
         init_logger()
+        _log_to_file(config)
         trainer = Trainer(config)
         try:
             if config.checkpoint.create_seed_checkpoint:

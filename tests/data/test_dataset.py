@@ -144,6 +144,20 @@ def test_resume_is_exact(corpus, job, where):
     assert take(resumed, 6) == whole[n:]
 
 
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_resume_after_every_batch(tmp_path, job, shuffle):
+    # Documents that end where a sample does, that last for many samples, and that are shorter than one.
+    for i, text in enumerate(["ab", "cdefgh", "i" * 50, "", "j", "klmnop", "q" * 31]):
+        (tmp_path / f"{i}.txt").write_text(text)
+    config = job(tmp_path, seq_len=4, batch=1, held_out=0.0, shuffle=shuffle)
+    whole = take(train(config), 90)  # three epochs
+    loader = train(config)
+    for n, _ in enumerate(itertools.islice(loader, 87), start=1):
+        resumed = train(config)
+        resumed.load_state_dict(loader.state_dict())
+        assert take(resumed, 3) == whole[n : n + 3]
+
+
 def test_resume_through_a_torch_checkpoint(corpus, job, tmp_path):
     config = job(corpus, batch=2)
     whole = take(train(config), 12)

@@ -40,7 +40,7 @@ def _scores(q: Tensor, k: Tensor, factor: Tensor, seq_len: int) -> Tensor:
 class _Float8AttentionFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, state, softmax_scale, rule: CastRule, fp8_backward: bool):
-        (s_q, a_q), (s_k, a_k), (s_v, a_v), do_state, ds_state = state
+        (s_q, a_q), (s_k, a_k), (s_v, a_v), (s_do, a_do), (s_ds, a_ds) = state
         seq_len = k.shape[1]
         q8, s_q = quantize(q, s_q, a_q, E4M3, rule)
         k8, s_k = quantize(k, s_k, a_k, E4M3, rule)
@@ -51,22 +51,24 @@ class _Float8AttentionFunction(torch.autograd.Function):
         l = p.sum(-1, keepdim=True)  # noqa: E741  (the literature's name)
         o = bmm(saturating_cast(p, P_SCALE, E4M3), v8) / (P_SCALE * s_v * l)
         o = o.to(q.dtype)
-        ctx.save_for_backward(q8, k8, v8, s_q, s_k, s_v, o, m + torch.log(l), *do_state, *ds_state)
+        ctx.save_for_backward(q8, k8, v8, s_q, s_k, s_v, o, m + torch.log(l), s_do, s_ds)
+        # Not saved: a backward writes them, and autograd would then refuse the next one (two forwards first).
+        ctx.a_do, ctx.a_ds = a_do, a_ds
         ctx.softmax_scale, ctx.rule, ctx.fp8 = softmax_scale, rule, fp8_backward
         return o
 
     @staticmethod
     def backward(ctx, do):
-        q8, k8, v8, s_q, s_k, s_v, o, lse, s_do, a_do, s_ds, a_ds = ctx.saved_tensors
+        q8, k8, v8, s_q, s_k, s_v, o, lse, s_do, s_ds = ctx.saved_tensors
         seq_len, dtype = k8.shape[1], do.dtype
         p = torch.exp(_scores(q8, k8, ctx.softmax_scale / (s_q * s_k), seq_len) - lse)
         delta = (do.float() * o.float()).sum(-1, keepdim=True)
         if ctx.fp8:
-            do8, s_do = quantize(do, s_do, a_do, E5M2, ctx.rule)
+            do8, s_do = quantize(do, s_do, ctx.a_do, E5M2, ctx.rule)
             p8 = saturating_cast(p, P_SCALE, E4M3)
             dv = bmm(p8.transpose(1, 2), do8) / (P_SCALE * s_do)
             dp = bmm(do8, v8.transpose(1, 2)) / (s_do * s_v)
-            ds8, s_ds = quantize(p * (dp - delta), s_ds, a_ds, E5M2, ctx.rule)
+            ds8, s_ds = quantize(p * (dp - delta), s_ds, ctx.a_ds, E5M2, ctx.rule)
             dq = bmm(ds8, k8) * (ctx.softmax_scale / (s_ds * s_k))
             dk = bmm(ds8.transpose(1, 2), q8) * (ctx.softmax_scale / (s_ds * s_q))
         else:

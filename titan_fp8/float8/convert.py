@@ -44,7 +44,7 @@ def select(names: list[str], patterns: list[str]) -> list[str]:
 def convert(model: nn.Module, fp8: Fp8) -> int:
     """Apply the recipe to the model in place. Returns the number of converted linears; logs "converted n of m".
 
-    Raises UserError: a filter that matches nothing, a dimension that is not a multiple of 16, a GPU without FP8.
+    Raises UserError: a filter matches or leaves nothing, a dimension is no multiple of 16, a GPU lacks FP8.
     """
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     if fp8.recipe == "bf16":
@@ -52,6 +52,11 @@ def convert(model: nn.Module, fp8: Fp8) -> int:
         return 0
     _check_device()
     chosen = {name: linears[name] for name in select(list(linears), fp8.filter)}
+    if not chosen:
+        raise UserError(
+            f"[fp8] filter must leave at least one linear with recipe {fp8.recipe!r}, got {fp8.filter}: "
+            'take a "!pattern" out, or write recipe = "bf16"'
+        )
     for name, linear in chosen.items():
         if linear.in_features % 16 or linear.out_features % 16:
             raise UserError(

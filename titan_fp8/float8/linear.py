@@ -28,16 +28,17 @@ def quantize_weight(w_NK: Tensor, power_of_two: bool) -> tuple[Tensor, Tensor]:
 class _Float8Matmul(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_MK, w_NK, x_scale, x_amax, dy_scale, dy_amax, rule: CastRule):
-        x_fp8, x_scale = quantize(x_MK, x_scale, x_amax, E4M3, rule)
+        x_fp8, x_scale = quantize(x_MK.contiguous(), x_scale, x_amax, E4M3, rule)
         w_fp8, w_scale = quantize_weight(w_NK, rule.power_of_two)
-        ctx.save_for_backward(x_fp8, x_scale, w_NK, dy_scale, dy_amax)
-        ctx.rule = rule
+        ctx.save_for_backward(x_fp8, x_scale, w_NK, dy_scale)
+        # Not saved: a backward writes it, and autograd would then refuse the next one (two forwards first).
+        ctx.dy_amax, ctx.rule = dy_amax, rule
         return scaled_mm(x_fp8, w_fp8.t(), x_scale, w_scale, x_MK.dtype, fast=True)
 
     @staticmethod
     def backward(ctx, dy_MN):
-        x_fp8, x_scale, w_NK, dy_scale, dy_amax = ctx.saved_tensors
-        dy_fp8, dy_scale = quantize(dy_MN.contiguous(), dy_scale, dy_amax, E5M2, ctx.rule)
+        x_fp8, x_scale, w_NK, dy_scale = ctx.saved_tensors
+        dy_fp8, dy_scale = quantize(dy_MN.contiguous(), dy_scale, ctx.dy_amax, E5M2, ctx.rule)
         w_fp8, w_scale = quantize_weight(w_NK, ctx.rule.power_of_two)
         dx_MK = scaled_mm(dy_fp8, column_major(w_fp8), dy_scale, w_scale, dy_MN.dtype, fast=False)
         dw_NK = scaled_mm(

@@ -75,6 +75,7 @@ def smooth_swiglu(gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     """
     size = up.detach().abs().amax(dim=-1, keepdim=True).float()
     exponent = torch.where((size > 0) & size.isfinite(), size, 1.0).log2().ceil()
+    exponent = exponent.clamp(-126, 126)  # s and 1/s stay normal float32 numbers
     wide = gate if gate.dtype == torch.float64 else gate.float()
     z = F.silu(wide) * (up * torch.exp2(-exponent))
     return z.to(gate.dtype), torch.exp2(exponent).to(gate.dtype)

@@ -1,0 +1,256 @@
+"""Delayed scaling against sequences worked out by hand: history, first step, non-finite amaxes, checkpoints, ranks."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from titan_fp8.float8.formats import E4M3, E5M2, FP8_MAX
+from titan_fp8.float8.scaling import DelayedScaling, Recipe, TensorScale, quantize
+
+
+class Setup(NamedTuple):
+    state: DelayedScaling
+    x: TensorScale  # E4M3
+    dy: TensorScale  # E5M2
+
+
+def setup(**recipe) -> Setup:
+    x, dy = TensorScale(E4M3), TensorScale(E5M2)
+    state = DelayedScaling({"layer.x": x, "layer.dy": dy}, Recipe(**recipe))
+    state.init_weights()
+    return Setup(state, x, dy)
+
+
+def cast(state: DelayedScaling, slot: TensorScale, largest: float, record: bool = True) -> float:
+    """Quantise a tensor whose amax is `largest`, as a layer does. Returns the scale that the cast used."""
+    x = torch.tensor([0.25 * largest, -largest])
+    _, scale = quantize(x, slot.scale, slot.amax, slot.dtype, state.recipe.rule(record))
+    return float(scale)
+
+
+def test_scales_follow_the_amaxes_of_earlier_steps_only():
+    state, x, dy = setup(history=3)
+    amaxes = [4.0, 2.0, 1.0, 0.5, 8.0, 1.0, 1.0, 1.0, 1.0]
+    # The first step has no history and uses its own amax; step t then the largest of t-1, t-2, t-3.
+    maxima = [4.0, 4.0, 4.0, 4.0, 2.0, 8.0, 8.0, 8.0, 1.0]
+    for largest, known in zip(amaxes, maxima, strict=True):
+        assert cast(state, x, largest) == 448 / known
+        assert cast(state, dy, 2 * largest) == 57344 / (2 * known)
+        state.update()
+    # Only step 4 (8 where 2 was the largest known) lay outside its range.
+    assert state.saturated_steps.tolist() == [1, 1]
+    assert state.nonfinite_steps.tolist() == [0, 0]
+    assert int(state.steps) == len(amaxes)
+
+
+@pytest.mark.parametrize(("margin", "power_of_two"), [(0, False), (2, False), (0, True), (1, True)])
+def test_scales_against_a_list_of_past_amaxes(margin, power_of_two):
+    state, x, dy = setup(history=5, margin=margin, power_of_two=power_of_two)
+    amaxes = torch.randn(23, 2, generator=torch.Generator().manual_seed(1)).exp().tolist()
+    saturated = [0, 0]
+    for t, pair in enumerate(amaxes):
+        for i, slot in enumerate((x, dy)):
+            known = max(past[i] for past in amaxes[max(t - 5, 0) : t] or [pair])
+            expected = FP8_MAX[slot.dtype] / 2**margin / known
+            expected = 2.0 ** math.floor(math.log2(expected)) if power_of_two else expected
+            assert cast(state, slot, pair[i]) == pytest.approx(expected, rel=2**-22)
+            saturated[i] += pair[i] * expected > FP8_MAX[slot.dtype] * (1 + 1e-5) and t > 0
+        state.update()
+    assert state.saturated_steps.tolist() == saturated
+    assert margin or power_of_two or min(saturated) > 0
+
+
+def test_saturation_says_how_far_the_last_step_went():
+    state, x, dy = setup(history=2, margin=1)
+    for largest in (3.0, 4.5):
+        cast(state, x, largest)
+        cast(state, dy, largest)
+        state.update()
+    # scale 448 / (2 * 3): 4.5 reaches 0.75 of the range
+    assert state.report() == {
+        "layer.x": {
+            "amax": 4.5, "scale": pytest.approx(448 / 9), "saturation": pytest.approx(0.75),
+            "saturated_steps": 0, "nonfinite_steps": 0,
+        },
+        "layer.dy": {
+            "amax": 4.5, "scale": pytest.approx(57344 / 9), "saturation": pytest.approx(0.75),
+            "saturated_steps": 0, "nonfinite_steps": 0,
+        },
+    }  # fmt: skip
+
+
+def test_an_amax_that_repeats_exactly_does_not_count_as_saturated():
+    for largest in torch.linspace(1, 2, 50).tolist():
+        state, x, _ = setup(history=1)
+        for _ in range(2):
+            cast(state, x, largest)
+            state.update()
+        assert state.saturation[0] == pytest.approx(1.0) and state.saturated_steps[0] == 0
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_amaxes_that_are_not_finite_are_counted_and_forgotten(bad):
+    state, x, dy = setup(history=2)
+    used = []
+    for largest in (4.0, bad, 1.0, 1.0, 1.0):
+        used.append(cast(state, x, largest))
+        cast(state, dy, 1.0)
+        state.update()
+        assert state.history.isfinite().all() and state.scale.isfinite().all()
+    # After the bad step its row repeats the 4 before it, so 4 is remembered for one step more.
+    assert used == [112.0, 112.0, 112.0, 112.0, 448.0]
+    assert state.nonfinite_steps.tolist() == [1, 0]
+    assert state.saturated_steps.tolist() == [0, 0]
+
+
+def test_a_bad_step_is_visible_as_an_infinite_amax_until_the_next():
+    state, x, _ = setup(history=2)
+    cast(state, x, math.nan)
+    assert x.amax.isnan()
+    state.update()
+    assert state.report()["layer.x"]["amax"] == math.inf
+    assert x.amax == 0
+
+
+def test_a_tensor_that_sees_nothing_keeps_its_scale():
+    state, x, dy = setup(history=2)
+    cast(state, x, 4.0)
+    cast(state, dy, 0.0)
+    for _ in range(4):  # the 4 leaves the history
+        state.update()
+        assert x.scale == 112.0
+        assert dy.scale == 1.0
+
+
+def test_recomputation_changes_nothing_and_micro_batches_add_up_to_their_maximum():
+    state, x, dy = setup(history=2)
+    first = cast(state, x, 3.0)
+    assert cast(state, x, 3.0) == first  # again under activation checkpointing
+    assert x.amax == 3.0
+    for largest in (1.0, 5.0, 2.0):
+        cast(state, dy, largest)
+    assert dy.amax == 5.0
+    state.update()
+    assert x.scale == 448 / 3 and dy.scale == torch.tensor(57344 / 5)
+    assert (x.amax, dy.amax) == (0.0, 0.0)
+
+
+def test_evaluation_uses_scales_and_records_nothing():
+    state, x, _ = setup(history=2)
+    assert cast(state, x, 7.0, record=False) == 64.0  # nothing known yet: its own
+    assert x.amax == 0
+    cast(state, x, 4.0)
+    state.update()
+    assert cast(state, x, 7.0, record=False) == 112.0
+    assert x.amax == 0
+
+
+def test_a_new_loss_scale_moves_gradient_tensors_only():
+    state, x, dy = setup(history=3)
+    for largest in (4.0, 2.0):
+        cast(state, x, largest)
+        cast(state, dy, largest)
+        state.update()
+    state.rescale_gradients(torch.tensor(0.5))
+    assert (x.scale, dy.scale) == (112.0, 57344 / 2)
+    assert state.history[:, 0].tolist() == [4.0, 2.0, 0.0]
+    assert state.history[:, 1].tolist() == [2.0, 1.0, 0.0]
+    # The same gradient, half as large now, fills the range again; and the next scale comes from the halved history.
+    cast(state, dy, 2.0)
+    state.update()
+    assert state.saturation[1] == 1.0 and state.saturated_steps.tolist() == [0, 0]
+    assert dy.scale == 57344 / 2
+
+
+def test_fresh_state_after_to_empty():
+    with torch.device("meta"):
+        state, x, dy = setup(history=3)
+    for module in (state, x, dy):
+        module.to_empty(device="cpu")
+        for buffer in module.buffers():
+            buffer.copy_(torch.full_like(buffer, 7) if not buffer.is_floating_point() else buffer.new_tensor(torch.nan))
+    state.recipe.calibrating = False
+    state.init_weights()
+    expected = setup(history=3).state
+    for (name, fresh), known in zip(state.named_buffers(), expected.buffers(), strict=True):
+        assert torch.equal(fresh, known), name
+    for slot in (x, dy):
+        assert (slot.scale, slot.amax) == (1.0, 0.0)
+    assert state.recipe.calibrating
+
+
+def sequence(it: Setup, amaxes: list[float]) -> list[float]:
+    used = []
+    for largest in amaxes:
+        used += [cast(it.state, it.x, largest), cast(it.state, it.dy, 3 * largest)]
+        it.state.update()
+    return used
+
+
+def save_and_load_torch(old: DelayedScaling, new: DelayedScaling, folder: Path) -> None:
+    torch.save(old.state_dict(), folder / "state.pt")
+    new.load_state_dict(torch.load(folder / "state.pt", weights_only=True))
+
+
+def save_and_load_dcp(old: DelayedScaling, new: DelayedScaling, folder: Path) -> None:
+    """As torchtitan does."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+
+    dcp.save(get_model_state_dict(old), checkpoint_id=folder / "dcp")
+    loaded = get_model_state_dict(new)
+    dcp.load(loaded, checkpoint_id=folder / "dcp")
+    set_model_state_dict(new, loaded, options=StateDictOptions(strict=False))
+
+
+@pytest.mark.parametrize("save_and_load", [save_and_load_torch, save_and_load_dcp])
+@pytest.mark.parametrize("steps", [0, 4])
+def test_a_checkpoint_continues_bit_for_bit(gloo, tmp_path, save_and_load, steps):
+    amaxes = [4.0, 0.3, 7.0, 1.1, math.nan, 0.7, 0.2, 0.1, 0.05]
+    old, new = setup(history=3), setup(history=3)
+    sequence(old, amaxes[:steps])
+    sequence(new, [100.0, 200.0, 300.0])  # all of it must be overwritten
+    cast(new.state, new.x, 1e9)
+    save_and_load(old.state, new.state, tmp_path)
+    assert new.state.recipe.calibrating == (steps == 0)
+    for slot, known in ((new.x, old.x), (new.dy, old.dy)):
+        assert torch.equal(slot.scale, known.scale) and slot.amax == 0
+    assert sequence(new, amaxes[steps:]) == sequence(old, amaxes[steps:])
+    saved, known = new.state.state_dict(), old.state.state_dict()
+    assert saved.keys() == known.keys() and "fp8_max" not in saved
+    for name in known:
+        assert torch.equal(saved[name], known[name]), name
+
+
+def test_a_load_into_another_history_length_is_an_error():
+    with pytest.raises(RuntimeError, match="size mismatch for history"):
+        setup(history=3).state.load_state_dict(setup(history=4).state.state_dict())
+
+
+def _rank(rank: int, folder: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    it = setup(history=2)
+    for amaxes in ((4.0, 1.0), (1.0, math.nan)):  # what rank 0 and rank 1 see, for two steps
+        cast(it.state, it.x, amaxes[rank])
+        cast(it.state, it.dy, amaxes[1 - rank])
+        it.state.update()
+    torch.save(it.state.state_dict(), f"{folder}/rank{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_ranks_agree_on_the_largest_amax_and_on_nan(tmp_path):
+    torch.multiprocessing.spawn(_rank, args=(str(tmp_path),), nprocs=2)
+    states = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
+    for name, known in states[0].items():
+        assert torch.equal(known, states[1][name]), name
+    state = SimpleNamespace(**states[0])
+    assert state.history.tolist() == [[4.0, 4.0], [4.0, 4.0]]  # NaN on one rank: the step before stands in
+    assert state.nonfinite_steps.tolist() == [1, 1]
+    assert state.scale.tolist() == [112.0, 57344 / 4]

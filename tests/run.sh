@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+# Every check there is, GPU tests included where there is a GPU:   bash tests/run.sh [pytest arguments]
+set -u -o pipefail
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+# shellcheck source=tools/setup_env.sh
+source "$root/tools/setup_env.sh"
+setup_env dev
+cd "$root" || exit 1
+unset CI BUILD_NUMBER # pytest then shortens its output as it does for a person
+
+failed=()
+check() {
+    local name=$1
+    shift
+    printf '\n== %s\n' "$name"
+    "$@" || failed+=("$name")
+}
+check "ruff check" "$PY" -m ruff check .
+check "ruff format" "$PY" -m ruff format --check .
+check "pyrefly" "$PY" -m pyrefly check titan_fp8 tools
+check "pytest" "$PY" -m pytest --durations=10 "$@"
+
+if [ "${#failed[@]}" -gt 0 ]; then
+    printf '\nFAILED: %s\n' "$(printf '%s, ' "${failed[@]}" | sed 's/, $//')"
+    exit 1
+fi
+printf '\nAll checks passed.\n'
