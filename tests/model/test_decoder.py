@@ -175,8 +175,8 @@ def test_rms_norm_keeps_its_input_dtype_and_survives_extremes(dtype):
 
 
 @pytest.mark.parametrize("preset", ["fog_max", "fog_opt", "fog_flash"])
-def test_fog_starts_at_unit_scale(preset, make_args, make_model, tokens):
-    args = make_args(preset, shape={"n_layers": 4}, vocab_size=512)
+def test_fog_starts_at_unit_scale(preset, make_args, make_model):
+    args = make_args(preset, shape={"n_layers": 4, "norm_eps": 1e-9}, vocab_size=512)
     assert args.input_scale == 50 and args.post_norm_gain == 0.5
     assert args.softmax_scale == pytest.approx(math.sqrt(2 / 16)), "0.125 at head_dim 128, the authors' setting"
     model = make_model(args)
@@ -189,9 +189,8 @@ def test_fog_starts_at_unit_scale(preset, make_args, make_model, tokens):
     # 512 * 64 draws: the rms of a sample strays by 1 / sqrt(2 * 32768) = 0.4 %; five times that is allowed.
     assert seen["stream"].square().mean().sqrt().item() == pytest.approx(1, abs=0.02)
     # Every branch comes out with rms 1/sqrt(n_layers) at every token, whatever its size inside.
-    torch.testing.assert_close(
-        seen["branch"].square().mean(-1).sqrt(), torch.full((32, 16), 0.5), rtol=2e-2, atol=0
-    )
+    branch_rms = seen["branch"].square().mean(-1).sqrt()
+    torch.testing.assert_close(branch_rms, torch.full((32, 16), 0.5), rtol=1e-4, atol=0)
 
 
 def test_initial_weights_have_the_papers_spread(make_args, make_model):

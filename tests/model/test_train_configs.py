@@ -1,0 +1,62 @@
+"""Every file of train_configs/ loads, builds on meta, and gets exactly the FP8 that it asks for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from titan_fp8.config import load_config
+from titan_fp8.float8.attention import Float8Attention
+from titan_fp8.float8.convert import convert, scaling_state
+from titan_fp8.float8.linear import Float8Linear
+from titan_fp8.model.args import FLAVORS
+from titan_fp8.model.decoder import Decoder
+
+FILES = sorted((Path(__file__).parents[2] / "train_configs").glob("*.toml"))
+FOG = ["attention.wk", "attention.wo", "attention.wq", "attention.wv", "feed_forward.w1", "feed_forward.w2"]
+LLAMA = sorted([*FOG, "feed_forward.w3"])
+BILLIONS = {"390m": 0.39, "1.5b": 1.54, "8b": 8.05, "llama2_7b": 6.74, "llama3_8b": 8.05}
+
+
+def test_there_are_files():
+    assert {"debug.toml", "fog_8b.toml", "llama3_8b.toml"} <= {path.name for path in FILES}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_config_builds_with_its_fp8(path):
+    config = load_config(["--job.config_file", str(path)])
+    tokenizer = config.data.tokenizer
+    config.architecture.vocab_size = {"byte": 272, "tekken": 131_072}.get(tokenizer, 32_000)
+    args = FLAVORS[config.model.flavor]
+    args.update_from_config(config)
+    with torch.device("meta"):
+        model = Decoder(args)
+    fog = config.architecture.preset.startswith("fog")
+    layer = FOG if fog else LLAMA
+    every = sorted(f"layers.{i}.{name}" for i in range(args.n_layers) for name in layer)
+
+    assert convert(model, config.fp8) == len(every)
+    assert sorted(n for n, m in model.named_modules() if isinstance(m, Float8Linear)) == every
+    plain = [n for n, m in model.named_modules() if type(m) is nn.Linear]
+    assert plain == ([] if args.tie_embeddings else ["output"]), "the head stays in the compute dtype"
+
+    # The FOG block runs with FP8 attention, forward and backward; Llama's would diverge (FOG paper, section 2).
+    attention = sorted(n for n, m in model.named_modules() if isinstance(m, Float8Attention))
+    if fog:
+        assert attention == sorted(f"layers.{i}.attention.inner_attention" for i in range(args.n_layers))
+        scale = model.layers["0"].attention.inner_attention.softmax_scale
+        assert scale == pytest.approx((2 / args.head_dim) ** 0.5), "taken over from the plain attention"
+    else:
+        assert attention == []
+    state = scaling_state(model)
+    assert state is not None and state.history.shape[0] == config.fp8.amax_history
+    assert len(state.names) == 2 * len(every) + 5 * len(attention), "x, dy; q, k, v, do, ds"
+
+    assert all(t.is_meta for t in (*model.parameters(), *model.buffers()))
+    if tokenizer == "tekken" and args.n_layers == FLAVORS[config.model.flavor].n_layers:
+        billions = sum(p.numel() for p in model.parameters()) / 1e9
+        vocabulary = (131_072 - 32_000) * args.dim * 2 / 1e9 if config.model.flavor == "llama2_7b" else 0
+        assert billions - vocabulary == pytest.approx(BILLIONS[config.model.flavor], rel=0.01)
