@@ -105,7 +105,7 @@ def test_the_end_says_what_happened_and_where_things_lie(runs):
 
 
 def test_kill_and_resume_gives_the_same_run_bit_for_bit(runs):
-    """Also: two runs at one seed are equal. Losses of every logged step, validation, and all tensors of the last checkpoint."""
+    """Also: two runs at one seed are equal. Compared: all logged steps, validations, the last checkpoint's tensors."""
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict_loader import _load_state_dict_from_keys
 
@@ -117,7 +117,9 @@ def test_kill_and_resume_gives_the_same_run_bit_for_bit(runs):
         assert list(whole) == list(killed)
         keys = ("loss", "grad_norm", "bits_per_byte", "fp8", "tokens", "validation_loss")
         for step in whole:
-            assert [whole[step].get(k) for k in keys] == [killed[step].get(k) for k in keys], f"{kind} step {step}"
+            assert [whole[step].get(k) for k in keys] == [killed[step].get(k) for k in keys], (
+                f"{kind} step {step}"
+            )
     states = [
         _load_state_dict_from_keys(checkpoint_id=str(folder / "outputs/debug/checkpoint/step-200"))
         for folder in (runs["whole"], runs["killed"])
@@ -140,7 +142,14 @@ def _flat(state: dict, prefix: str = ""):
 
 def test_prometheus_shows_a_running_job(runs):
     scrape = (runs["killed"] / "scrape.txt").read_text()
-    for metric in ("loss", "grad_norm", "learning_rate", "tokens_total", "step_seconds", "memory_reserved_peak_bytes"):
+    for metric in (
+        "loss",
+        "grad_norm",
+        "learning_rate",
+        "tokens_total",
+        "step_seconds",
+        "memory_reserved_peak_bytes",
+    ):
         assert re.search(rf"^titan_fp8_{metric} [\d.e+-]+$", scrape, re.M), metric
     assert 'titan_fp8_fp8_amax{tensor="layers.0.attention.wq.x"}' in scrape
     assert 'titan_fp8_fp8_saturated_steps_total{tensor="layers.3.attention.inner_attention.ds"}' in scrape
@@ -150,7 +159,9 @@ def test_a_second_start_of_a_finished_run_says_what_to_do(runs):
     process = start(runs["whole"])
     assert process.wait(timeout=120) != 0
     last = console(runs["whole"]).strip().splitlines()[-1]
-    assert last.startswith("error: ./outputs/debug holds a finished run, step 200 of 200: train on with --training.steps=400")
+    assert last.startswith(
+        "error: ./outputs/debug holds a finished run, step 200 of 200: train on with --training.steps=400"
+    )
 
 
 def test_plot_draws_the_run(runs, tmp_path):

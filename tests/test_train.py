@@ -1,4 +1,4 @@
-"""The trainer, in this process: gating of bad steps, loss scaling, resume, and errors that leave the last checkpoint alone."""
+"""The trainer, in this process: gating of bad steps, loss scaling, resume, errors that leave the last checkpoint alone."""
 
 from __future__ import annotations
 
@@ -181,7 +181,9 @@ def test_disk_full_keeps_the_last_good_checkpoint(make, tmp_path, monkeypatch):
     monkeypatch.setattr(FileSystemWriter, "write_data", full)
     with pytest.raises(UserError) as error:
         trainer.train()
-    assert "No space left" in str(error.value) and "step-2" in str(error.value) and "\n" not in str(error.value)
+    assert (
+        "No space left" in str(error.value) and "step-2" in str(error.value) and "\n" not in str(error.value)
+    )
     assert sorted(os.listdir(tmp_path / "checkpoint")) == ["step-2"]
     trainer.close()
     monkeypatch.undo()
@@ -223,7 +225,9 @@ def test_plain_data_parallel_is_refused(make, monkeypatch):
 
 
 def test_a_vocabulary_smaller_than_the_tokenisers_is_refused(make):
-    with pytest.raises(UserError, match="vocab_size must hold the tokeniser's 259 tokens, got 128: raise it to 272"):
+    with pytest.raises(
+        UserError, match="vocab_size must hold the tokeniser's 259 tokens, got 128: raise it to 272"
+    ):
         make("--architecture.vocab_size=128")
 
 

@@ -45,7 +45,9 @@ class Trainer(titan.Trainer):
         self.scaling = scaling_state(self.model)
         self.loss_scaler = LossScaler(job_config.fp8.loss_scale, self.device)
         self.parameters = {_plain(name): p for name, p in self.model.named_parameters()}
-        blocks = {f"layers.{name}": block for name, block in self.model.get_submodule("layers").named_children()}
+        blocks = {
+            f"layers.{name}": block for name, block in self.model.get_submodule("layers").named_children()
+        }
         self.watch = FiniteWatch(blocks, list(self.parameters), self.device)
         self.token_bytes = torch.from_numpy(self.tokenizer.token_byte_lengths())  # stays on CPU, as labels do
         self.started = False  # has this process trained a step
@@ -63,7 +65,9 @@ class Trainer(titan.Trainer):
         )
         processor = self.metrics_processor
         processor.unigram_entropy = unigram_entropy(job_config, self.tokenizer)
-        processor.next_command = f"python tools/plot.py {job_config.job.dump_folder}   (a picture of this run)"
+        processor.next_command = (
+            f"python tools/plot.py {job_config.job.dump_folder}   (a picture of this run)"
+        )
         processor.log_folder = _log_folder(job_config)
         if self.scaling is not None:
             processor.fp8_report = self.scaling.report
@@ -119,7 +123,9 @@ class Trainer(titan.Trainer):
         self._clip(grads, grad_norm, scale)
         self.checkpointer.maybe_wait_for_staging()
         for optimizer in self.optimizers:
-            optimizer.found_inf = overflow.float()  # fused AdamW does nothing where this is 1, without a host sync
+            optimizer.found_inf = (
+                overflow.float()
+            )  # fused AdamW does nothing where this is 1, without a host sync
         self.optimizers.step()
         self.lr_schedulers.step()
 
@@ -206,9 +212,12 @@ class Trainer(titan.Trainer):
         if int(self.watch.longest) > allowed:
             state = self.scaling
             if state is not None:
-                names = [name for name, bad in zip(state.names, state.nonfinite_steps.tolist(), strict=True) if bad]
+                names = [
+                    name for name, bad in zip(state.names, state.nonfinite_steps.tolist(), strict=True) if bad
+                ]
                 if names:
-                    what += f" (FP8 tensors with a non-finite amax: {names[0]}{f' and {len(names) - 1} more' if names[1:] else ''})"
+                    more = f" and {len(names) - 1} more" if names[1:] else ""
+                    what += f" (FP8 tensors with a non-finite amax: {names[0]}{more})"
             raise UserError(
                 f"{what}; weights were not updated and no checkpoint was written from it: look at that step's data, lower "
                 f"optimizer.lr, or go on past such steps with --stability.skip_nonfinite_steps={allowed + 1}"
@@ -256,12 +265,12 @@ def _log_to_file(config: Any) -> None:
 
 
 def _report(error: UserError) -> None:
-    """One line on stderr, and for run_train.sh, which prints it again below torchrun's own report."""
-    message = f"error: {error}"
-    print(message, file=sys.stderr, flush=True)
-    if path := os.environ.get("TITAN_FP8_ERROR_FILE"):
-        with open(path, "w") as file:
-            file.write(str(error) + "\n")
+    """One line on stderr, and for run_train.sh, which prints the first rank's again below torchrun's own report."""
+    print(f"error: {error}", file=sys.stderr, flush=True)
+    path = os.environ.get("TITAN_FP8_ERROR_FILE")
+    if path and not os.path.getsize(path):
+        with open(path, "a") as file:
+            file.write(f"{error}\n")
 
 
 def main() -> int:
@@ -280,8 +289,7 @@ def main() -> int:
             trainer.close()
         dist.destroy_process_group()
     except UserError as error:
-        if int(os.environ.get("RANK", 0)) == 0:
-            _report(error)
+        _report(error)
         return 2
     return 0
 

@@ -63,11 +63,15 @@ def table(report: dict[str, Any]) -> str:
         flops, share = sum(c["flops"] for c in calls), sum(c["share"] for c in calls)
         rows.append((*key, str(len(calls)), f"{flops / 1e9:,.2f}", f"{share:.1%}"))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+    return "\n".join(
+        "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--config", required=True, help="TOML file")
     parser.add_argument("--json", action="store_true", help="print the whole report as JSON")
     options, overrides = parser.parse_known_args()
@@ -80,9 +84,13 @@ def main() -> int:
     ratio = report["block_gemm_flops_fp8_ratio"]
     print(json.dumps(report) if options.json else table(report))
     if not options.json:
-        print(f"\nFP8 share of GEMM FLOPs: {ratio:.1%} in the blocks, {report['gemm_flops_fp8_ratio']:.1%} of the step")
+        print(
+            f"\nFP8 share of GEMM FLOPs: {ratio:.1%} in the blocks, {report['gemm_flops_fp8_ratio']:.1%} of the step"
+        )
     if claims_full_fp8(config) and ratio < 1.0:
-        slow = sorted({g["module"] for g in report["gemms"] if g["module"].startswith("layers.") and not g["fp8"]})
+        slow = sorted(
+            {g["module"] for g in report["gemms"] if g["module"].startswith("layers.") and not g["fp8"]}
+        )
         print(
             f"error: {options.config} claims full FP8, but {1 - ratio:.2%} of the blocks' GEMM FLOPs are not: {slow[0]}"
             f"{f' and {len(slow) - 1} more modules' if slow[1:] else ''}",

@@ -8,7 +8,16 @@ import numpy as np
 import pytest
 import torch
 
-from titan_fp8.float8.formats import E4M3, E5M2, FP8_MAX, amax, is_fp8, saturating_cast, scale_from_amax, short_name
+from titan_fp8.float8.formats import (
+    E4M3,
+    E5M2,
+    FP8_MAX,
+    amax,
+    is_fp8,
+    saturating_cast,
+    scale_from_amax,
+    short_name,
+)
 
 BOTH = pytest.mark.parametrize("dtype", [E4M3, E5M2], ids=["e4m3", "e5m2"])
 

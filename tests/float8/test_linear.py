@@ -85,7 +85,7 @@ def test_error_against_no_quantisation(fp8):
         bound = da @ b.abs() + a.abs() @ db + da @ db
         assert ((got.double() - a @ b).abs() <= bound * (1 + 1e-5)).all()
         typical.append(fp8.relative(got, a @ b))
-    # measured on unit-normal inputs: 3.7 %, 5.8 %, 6.1 %
+    # measured on unit-normal inputs: 3.5 %, 5.9 %, 5.9 %
     assert 0.02 < typical[0] < 0.05
     assert all(0.04 < error < 0.08 for error in typical[1:])
 

@@ -202,7 +202,11 @@ def save_and_load_torch(old: DelayedScaling, new: DelayedScaling, folder: Path) 
 def save_and_load_dcp(old: DelayedScaling, new: DelayedScaling, folder: Path) -> None:
     """As torchtitan does."""
     import torch.distributed.checkpoint as dcp
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+    from torch.distributed.checkpoint.state_dict import (
+        StateDictOptions,
+        get_model_state_dict,
+        set_model_state_dict,
+    )
 
     dcp.save(get_model_state_dict(old), checkpoint_id=folder / "dcp")
     loaded = get_model_state_dict(new)

@@ -115,8 +115,8 @@ def test_forward_is_the_written_out_formula(settings, make_args, make_model, tok
                 p.add_(torch.randn(p.shape, generator=generator) * 0.3)
     logits, expected = model(tokens), reference(model, tokens)
     assert logits.dtype == torch.float32 and logits.shape == (2, 16, 96)
-    # Float32 rounds each of some twenty operations in a row to 6e-8; sums of 64 and 96 terms add a few times that.
-    assert (logits.double() - expected).norm() / expected.norm() < 2e-6
+    # Float32 rounds some twenty operations in a row to 6e-8 each, 3e-7 if they add up as a random walk.
+    assert (logits.double() - expected).norm() / expected.norm() < 1e-6
 
 
 # ---- Parts ----

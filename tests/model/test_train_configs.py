@@ -18,7 +18,8 @@ from titan_fp8.model.decoder import Decoder
 FILES = sorted((Path(__file__).parents[2] / "train_configs").glob("*.toml"))
 FOG = ["attention.wk", "attention.wo", "attention.wq", "attention.wv", "feed_forward.w1", "feed_forward.w2"]
 LLAMA = sorted([*FOG, "feed_forward.w3"])
-BILLIONS = {"390m": 0.39, "1.5b": 1.54, "8b": 8.05, "llama2_7b": 6.74, "llama3_8b": 8.05}
+# With Tekken's 131072 entries; Llama 2's own 32000 would make its 7.55 the known 6.74.
+MILLIONS = {"debug": 17.37, "390m": 385.9, "1.5b": 1543.6, "llama2_7b": 7550, "8b": 8053.3, "llama3_8b": 8053.3}
 
 
 def test_there_are_files():
@@ -28,8 +29,7 @@ def test_there_are_files():
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_config_builds_with_its_fp8(path):
     config = load_config(["--job.config_file", str(path)])
-    tokenizer = config.data.tokenizer
-    config.architecture.vocab_size = {"byte": 272, "tekken": 131_072}.get(tokenizer, 32_000)
+    config.architecture.vocab_size = 131_072
     args = FLAVORS[config.model.flavor]
     args.update_from_config(config)
     with torch.device("meta"):
@@ -56,7 +56,5 @@ def test_config_builds_with_its_fp8(path):
     assert len(state.names) == 2 * len(every) + 5 * len(attention), "x, dy; q, k, v, do, ds"
 
     assert all(t.is_meta for t in (*model.parameters(), *model.buffers()))
-    if tokenizer == "tekken" and args.n_layers == FLAVORS[config.model.flavor].n_layers:
-        billions = sum(p.numel() for p in model.parameters()) / 1e9
-        vocabulary = (131_072 - 32_000) * args.dim * 2 / 1e9 if config.model.flavor == "llama2_7b" else 0
-        assert billions - vocabulary == pytest.approx(BILLIONS[config.model.flavor], rel=0.01)
+    millions = sum(p.numel() for p in model.parameters()) / 1e6
+    assert millions == pytest.approx(MILLIONS[config.model.flavor], rel=1e-3)

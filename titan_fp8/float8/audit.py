@@ -60,7 +60,9 @@ class GemmAudit(TorchDispatchMode):
 
     def __enter__(self) -> GemmAudit:
         for name, module in self._model.named_modules():
-            self._hooks.append(module.register_forward_pre_hook(lambda *_, name=name: self._running.append(name)))
+            self._hooks.append(
+                module.register_forward_pre_hook(lambda *_, name=name: self._running.append(name))
+            )
             self._hooks.append(module.register_forward_hook(self._leave))
         return super().__enter__()
 
@@ -72,7 +74,9 @@ class GemmAudit(TorchDispatchMode):
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         name = self._running.pop()
         border = {t.grad_fn for t in args if isinstance(t, Tensor)}
-        nodes = [t.grad_fn for t in (output if isinstance(output, tuple) else (output,)) if isinstance(t, Tensor)]
+        nodes = [
+            t.grad_fn for t in (output if isinstance(output, tuple) else (output,)) if isinstance(t, Tensor)
+        ]
         seen = set()
         while nodes:
             node = nodes.pop()
@@ -127,7 +131,9 @@ def summarize(gemms: list[Gemm]) -> dict[str, Any]:
     return {
         "gemm_flops": total,
         "block_gemm_flops": block_flops,
-        "block_gemm_flops_fp8_ratio": sum(g.flops for g in block if g.fp8) / block_flops if block_flops else 0.0,
+        "block_gemm_flops_fp8_ratio": sum(g.flops for g in block if g.fp8) / block_flops
+        if block_flops
+        else 0.0,
         "gemm_flops_fp8_ratio": sum(g.flops for g in gemms if g.fp8) / total if total else 0.0,
         "gemms": rows,
     }

@@ -35,8 +35,12 @@ def select(names: list[str], patterns: list[str]) -> list[str]:
         hits = {name for name in names if fnmatchcase(name, glob)}
         if not hits:
             close = get_close_matches(glob, names, n=1, cutoff=0.3)
-            hint = f"did you mean {close[0]!r}?" if close else f"the model's linears are named like {names[:1]}"
-            raise UserError(f"[fp8] filter: every pattern must match a linear module, {pattern!r} matches none: {hint}")
+            hint = (
+                f"did you mean {close[0]!r}?" if close else f"the model's linears are named like {names[:1]}"
+            )
+            raise UserError(
+                f"[fp8] filter: every pattern must match a linear module, {pattern!r} matches none: {hint}"
+            )
         chosen = chosen - hits if pattern.startswith("!") else chosen | hits
     return [name for name in names if name in chosen]
 

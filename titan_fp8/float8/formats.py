@@ -1,8 +1,8 @@
 """The two FP8 formats, their scales, and the ONE cast.
 
-    format                  sign-exponent-mantissa  bias  largest  smallest normal  smallest subnormal  inf   NaN codes
-    E4M3 (float8_e4m3fn)    1-4-3                   7     448      2^-6             2^-9                none  S.1111.111
-    E5M2 (float8_e5m2)      1-5-2                   15    57344    2^-14            2^-16               yes   S.11111.{01,10,11}
+    format                  bits (s-e-m)  bias  largest  smallest normal  smallest subnormal  inf   NaN codes
+    E4M3 (float8_e4m3fn)    1-4-3         7     448      2^-6             2^-9                none  S.1111.111
+    E5M2 (float8_e5m2)      1-5-2         15    57344    2^-14            2^-16               yes   S.11111.{01,10,11}
 
 E4M3 carries activations and weights (precision), E5M2 gradients (range). A tensor x travels as (q, scale):
 

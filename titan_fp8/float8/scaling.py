@@ -2,8 +2,8 @@
 
     scale_t = fp8_max / (2^margin * max(amax_{t-1}, ..., amax_{t-H}))         H = amax_history
 
-So a cast needs one pass over its tensor: it multiplies by a number known beforehand and, on the way, takes the amax that
-later steps will use (FOG, arXiv 2505.20524, section 2; the algorithm is Transformer Engine's "max").
+So a cast needs one pass over its tensor: it multiplies by a number known beforehand and takes, on the way, the amax
+that later steps will use (FOG, arXiv 2505.20524, section 2; the algorithm is Transformer Engine's "max").
 
 `TensorScale` is one tensor's slot inside a layer; `DelayedScaling` is the whole model's state and updates every slot at once,
 with one MAX all-reduce. On the very first step there is no history, and each tensor is scaled by its own amax.
@@ -37,7 +37,7 @@ class CastRule(NamedTuple):
 
 @dataclass
 class Recipe:
-    """What the layers of one model share. `calibrating` is true until the first update: no amax of an earlier step exists."""
+    """What the layers of one model share. `calibrating` until the first update: no amax of an earlier step exists."""
 
     history: int = 1024
     margin: int = 0
@@ -149,7 +149,9 @@ class DelayedScaling(nn.Module):
         self.nonfinite_steps += ~finite
         if not self.recipe.calibrating:
             self.saturation.copy_(now * self.scale / self.fp8_max)
-            self.saturated_steps += finite & (self.saturation > 1 + 1e-6)  # not what rounding alone puts above 1
+            self.saturated_steps += finite & (
+                self.saturation > 1 + 1e-6
+            )  # not what rounding alone puts above 1
 
         rows = self.history.shape[0]
         row = self.steps % rows

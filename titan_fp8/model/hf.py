@@ -10,11 +10,14 @@ import os
 import re
 from typing import Any
 
+import torch
+from torch.distributed.checkpoint import HuggingFaceStorageReader
 from torchtitan.protocols.state_dict_adapter import StateDictAdapter
 
 from titan_fp8.errors import UserError
 
 from .args import DecoderArgs
+from .decoder import Decoder
 
 _TO_HF = {
     "tok_embeddings.weight": "model.embed_tokens.weight",
@@ -31,6 +34,7 @@ _TO_HF = {
     "output.weight": "lm_head.weight",
 }
 _FROM_HF = {theirs: ours for ours, theirs in _TO_HF.items()}
+_NOT_TRAINED = "rotary_emb.inv_freq"  # a table that old checkpoints carry
 
 
 def _rename(key: str, table: dict[str, str]) -> str | None:
@@ -82,9 +86,14 @@ class LlamaAdapter(StateDictAdapter):
         self._check()
         renamed = {}
         for key, value in hf_state_dict.items():
-            if key.endswith("rotary_emb.inv_freq"):
+            if key.endswith(_NOT_TRAINED):
                 continue
             if key == "lm_head.weight" and self.model_args.tie_embeddings:
+                if not torch.equal(value, hf_state_dict["model.embed_tokens.weight"]):
+                    raise UserError(
+                        "a tied model's lm_head.weight must equal model.embed_tokens.weight, got two different ones: "
+                        "set [architecture] tie_embeddings = false"
+                    )
                 continue
             name = _rename(key, _FROM_HF)
             if name is None:
@@ -93,3 +102,28 @@ class LlamaAdapter(StateDictAdapter):
                 )
             renamed[name] = value
         return renamed
+
+    def get_hf_storage_reader(self, path: str, from_quantized: bool = False) -> HuggingFaceStorageReader:
+        """Reader of the *.safetensors in the folder `path`, after comparing their names and shapes with this decoder's.
+
+        torchtitan asks the reader for the weights it wants and never learns of others, so a bias, a deeper model's
+        last layers or an untied head would be dropped in silence. Raises UserError.
+        """
+        reader = super().get_hf_storage_reader(path, from_quantized)
+        there = {
+            name: tuple(entry.size)
+            for name, entry in reader.read_metadata().state_dict_metadata.items()
+            if not name.endswith(_NOT_TRAINED)
+        }
+        with torch.device("meta"):
+            ours = self.to_hf(Decoder(self.model_args).state_dict())
+        here = {name: tuple(weight.shape) for name, weight in ours.items()}
+        wrong = [name for name in here | there if here.get(name) != there.get(name)]
+        if wrong:
+            name = wrong[0]
+            raise UserError(
+                f"the weights in {path} must be this model's, but {len(wrong)} differ, first {name}: shape "
+                f"{there.get(name, 'missing')} there, {here.get(name, 'missing')} here: set [model] flavor and "
+                f"[architecture] (vocab_size, tie_embeddings, n_layers) as the checkpoint has them"
+            )
+        return reader
