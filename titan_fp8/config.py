@@ -136,7 +136,7 @@ class Data:
     """Share of documents kept for validation, by hash; never trained on. Shards carry their own split."""
 
     shuffle: bool = True
-    """Visit documents (or, with shards, sequences) in an order drawn from debug.seed."""
+    """Visit documents and sequences in an order drawn from debug.seed."""
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""The packed stream and its loaders: packing, ranks, resuming, validation, statistics.
+"""The loaders: packing, ranks, resuming, validation, statistics. test_streams.py tests the order of samples.
 
 The samples expected are cut by hand from the documents' bytes, not by the code under test.
 """
@@ -13,6 +13,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from titan_fp8.config import Data
+from titan_fp8.data import streams
 from titan_fp8.data.dataset import (
     build_dataloader,
     build_validation_dataloader,
@@ -25,6 +26,12 @@ from titan_fp8.errors import UserError
 
 BYTE = build_tokenizer(Data())
 BOS, EOS = 256, 257
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    """Blocks of 20 samples of 8 tokens: every test crosses many borders."""
+    monkeypatch.setattr(streams, "_BLOCK_TOKENS", 160)
 
 
 def take(loader, n):
@@ -79,26 +86,37 @@ def test_unshuffled_stream_is_the_documents_in_order(corpus, job):
     assert samples(job(corpus, shuffle=False), len(expected)) == expected
 
 
-def test_a_shuffled_epoch_holds_every_document_once(corpus, job):
+def test_a_shuffled_epoch_holds_every_document_once(corpus, job, monkeypatch):
     texts = list(open_source(job(corpus).data).split("train"))
     length = len(packed(texts))
-    rows = samples(job(corpus, seq_len=8), 2 * length // 8)
-    stream = [token for row in rows for token in row[:-1]]
+    # Blocks of one sample leave the packed order, in which documents can be read.
+    monkeypatch.setattr(streams, "_BLOCK_TOKENS", 8)
+    in_order = samples(job(corpus), 2 * length // 8)
+    stream = [token for row in in_order for token in row[:-1]]
     first, second = (_documents(stream[at : at + length]) for at in (0, length))
     assert Counter(first) == Counter(texts)
     assert Counter(second) <= Counter(texts) and len(second) >= len(texts) - 1
     assert first != texts and first[:50] != second[:50]
+    # Larger blocks hand out the same samples, in another order.
+    monkeypatch.setattr(streams, "_BLOCK_TOKENS", 160)
+    n = len(in_order) // 20 * 20
+    rows = samples(job(corpus), n)
+    assert rows != in_order[:n]
+    assert [sorted(rows[i : i + 20]) for i in range(0, n, 20)] == [
+        sorted(in_order[i : i + 20]) for i in range(0, n, 20)
+    ]
 
 
 def _documents(tokens):
-    """The whole documents in a piece of the stream that begins at a bos."""
-    pieces, current = [], []
+    """The whole documents in a piece of the stream; what it has of one that began before it is left out."""
+    pieces, current = [], None
     for token in tokens:
-        if token == EOS:
-            pieces.append(bytes(current))
-        elif token == BOS:
+        if token == BOS:
             current = []
-        else:
+        elif current is not None and token == EOS:
+            pieces.append(bytes(current))
+            current = None
+        elif current is not None:
             current.append(token)
     return pieces
 
@@ -122,13 +140,16 @@ def epoch_groups(corpus, job):
     return len(packed(texts)) // (8 * 4)
 
 
-@pytest.mark.parametrize("where", ["start", "middle", "before border", "at border", "second epoch"])
+@pytest.mark.parametrize(
+    "where", ["start", "in a block", "block's border", "before border", "at border", "second epoch"]
+)
 def test_resume_is_exact(corpus, job, where):
     config = job(corpus, batch=4)
     border = epoch_groups(corpus, job)
     done = {
         "start": 0,
-        "middle": 5,
+        "in a block": 7,
+        "block's border": 10,
         "before border": border - 1,
         "at border": border,
         "second epoch": border + 3,
@@ -144,13 +165,13 @@ def test_resume_is_exact(corpus, job, where):
     assert take(resumed, 6) == whole[n:]
 
 
-@pytest.mark.parametrize("shuffle", [False, True])
-def test_resume_after_every_batch(tmp_path, job, shuffle):
+@pytest.mark.parametrize("batch, shuffle", [(1, False), (1, True), (7, True)])
+def test_resume_after_every_batch(tmp_path, job, batch, shuffle):
     # Documents that end where a sample does, that last for many samples, and that are shorter than one.
     for i, text in enumerate(["ab", "cdefgh", "i" * 50, "", "j", "klmnop", "q" * 31]):
         (tmp_path / f"{i}.txt").write_text(text)
-    config = job(tmp_path, seq_len=4, batch=1, held_out=0.0, shuffle=shuffle)
-    whole = take(train(config), 90)  # three epochs
+    config = job(tmp_path, seq_len=4, batch=batch, held_out=0.0, shuffle=shuffle)
+    whole = take(train(config), 90)  # three epochs, or with batches of seven, which straddle blocks, 21
     loader = train(config)
     for n, _ in enumerate(itertools.islice(loader, 87), start=1):
         resumed = train(config)
@@ -169,18 +190,19 @@ def test_resume_through_a_torch_checkpoint(corpus, job, tmp_path):
     assert take(resumed, 5) == whole[7:]
 
 
-@pytest.mark.parametrize("world, batch", [(2, 2), (4, 3), (1, 1)])
-def test_resume_at_another_world_size_and_batch(corpus, job, world, batch):
-    whole = samples(job(corpus, batch=4), 80)
+@pytest.mark.parametrize("done", [5, 7])  # batches of four: at a block's border, and inside one
+@pytest.mark.parametrize("world, batch", [(2, 2), (4, 3), (1, 1), (4, 16)])
+def test_resume_at_another_world_size_and_batch(corpus, job, world, batch, done):
+    whole = samples(job(corpus, batch=4), 28 + 3 * 64)
     stopped = train(job(corpus, batch=4))
-    take(stopped, 5)  # 20 samples
+    take(stopped, done)
     ranks = []
     for rank in range(world):
         loader = train(job(corpus, batch=batch), world, rank)
         loader.load_state_dict(stopped.state_dict())
         ranks.append(take(loader, 3))
     rows = [row for group in zip(*ranks, strict=True) for part in group for row in part]
-    assert rows == whole[20 : 20 + len(rows)]
+    assert rows == whole[4 * done : 4 * done + len(rows)]
 
 
 def test_state_is_that_of_the_batch_handed_out_on_every_rank(corpus, job):
@@ -256,16 +278,18 @@ def test_text_that_shrank_unnoticed_is_refused_on_resume(corpus, job):
         next(iter(resumed))
 
 
-def test_held_out_documents_are_never_trained_on(corpus, job):
-    config = job(corpus, batch=4)
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_held_out_documents_are_never_trained_on(corpus, job, shuffle):
+    # Sequences long enough to hold whole documents, whatever the order of the sequences.
+    config = job(corpus, seq_len=160, batch=4, shuffle=shuffle)
     held = set(open_source(config.data).split("validation"))
     assert len(held) > 10
-    rows = samples(config, 3 * 4 * epoch_groups(corpus, job))
-    trained = _documents([token for row in rows for token in row[:-1]])
+    trained = [text for row in samples(config, 3 * 4 * epoch_groups(corpus, job)) for text in _documents(row)]
     assert len(trained) > 200 and not held & set(trained)
-    validated = take(build_validation_dataloader(1, 0, BYTE, job(corpus, batch=1)), 10**6)
-    seen = _documents([token for [row] in validated for token in row[:-1]])
-    assert set(seen) <= held and len(seen) >= len(held) - 1
+    one = job(corpus, seq_len=160, batch=1, shuffle=shuffle)
+    validated = take(build_validation_dataloader(1, 0, BYTE, one), 10**6)
+    seen = {text for [row] in validated for text in _documents(row)}
+    assert len(seen) > 10 and seen <= held
 
 
 def test_validation_is_finite_and_the_same_every_time(corpus, job):
@@ -276,6 +300,10 @@ def test_validation_is_finite_and_the_same_every_time(corpus, job):
     assert take(loader, 10**6) == whole
     held = list(open_source(job(corpus).data).split("validation"))
     assert len(whole) == (len(packed(held)) - 1) // 8 // 4
+    every = take(build_validation_dataloader(1, 0, BYTE, job(corpus, batch=1)), 10**6)
+    order = open_source(job(corpus).data).shuffled("validation", 0, 0, 1 << 20)
+    assert [row for [row] in every][: 4 * len(whole)] == [row for rows in whole for row in rows]
+    assert sorted(row for [row] in every) == sorted(cut(packed(order), 8))
     assert take(build_validation_dataloader(1, 0, BYTE, job(corpus, batch=4, seed=9)), 10**6) == whole
     assert loader.state_dict() == {}
 
@@ -289,7 +317,7 @@ def test_validation_gives_every_rank_equally_many_batches(corpus, job):
 
 def test_a_validation_below_one_batch_is_filled_with_ignored_rows(tmp_path, job):
     (tmp_path / "a.txt").write_text("abcdefgh")  # 10 tokens: 2 samples of 4
-    config = job(tmp_path, seq_len=4, batch=2, held_out=1 - 1e-9)
+    config = job(tmp_path, seq_len=4, batch=2, held_out=1 - 1e-9, shuffle=False)
     batches = [list(build_validation_dataloader(2, rank, BYTE, config)) for rank in (0, 1)]
     assert [len(b) for b in batches] == [1, 1]
     (x0, y0), (x1, y1) = batches[0][0], batches[1][0]
@@ -322,7 +350,9 @@ def test_bad_text_met_while_reading_ahead_stops_the_run(corpus, job):
 def test_a_document_much_longer_than_a_batch(tmp_path, job):
     text = bytes(range(97, 123)) * 4000
     (tmp_path / "a.txt").write_bytes(text)
-    assert samples(job(tmp_path, held_out=0.0), 200) == cut(packed([text]), 8)[:200]
+    expected = cut(packed([text]), 8)
+    assert samples(job(tmp_path, held_out=0.0, shuffle=False), 200) == expected[:200]
+    assert sorted(samples(job(tmp_path, held_out=0.0), 200)) == sorted(expected[:200])
 
 
 def test_unigram_statistics(tmp_path, job):

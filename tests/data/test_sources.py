@@ -1,8 +1,11 @@
 """Documents: every kind of file, the split by hash, shuffled order, and what is refused."""
 
 import gzip
+import importlib
 import json
 import lzma
+import tomllib
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -12,6 +15,7 @@ from titan_fp8.config import Data
 from titan_fp8.data.sources import open_source
 from titan_fp8.errors import UserError
 
+ROOT = Path(__file__).resolve().parents[2]
 TEXTS = ["first", "zweites, naïve", "第三", "fourth"]
 
 
@@ -79,6 +83,23 @@ def test_builtin_is_text_in_a_fixed_order():
     assert 1e6 < total < 13e6
     assert {split for split, _ in documents} == {"train", "validation"}
     assert any(text.startswith(b'The "assert" statement') for _, text in documents)  # a help topic
+
+
+def test_builtin_leaves_tables_out():
+    documents = [text for _, text in open_source(Data()).documents()]
+    assert any(b"def namedtuple(" in text for text in documents)  # code
+    for table in ("encodings.cp437", "stringprep", "html.entities", "opcode", "locale"):
+        text = Path(importlib.import_module(table).__file__).read_bytes()
+        assert text not in documents, table
+
+
+def test_debug_run_holds_out_enough_for_its_validation():
+    config = tomllib.loads((ROOT / "train_configs" / "debug.toml").read_text())
+    data, validation = Data(**config["data"]), config["validation"]
+    held = [len(text) for text in open_source(data).split("validation")]
+    asked = validation["steps"] * validation["local_batch_size"] * validation["seq_len"]
+    assert data.tokenizer == "byte" and len(held) >= 20 and sum(held) > 10 * asked
+    assert max(held) < sum(held) / 3  # no one document decides
 
 
 def test_held_out_is_a_share_and_follows_the_text(tmp_path):

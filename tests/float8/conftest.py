@@ -6,7 +6,7 @@ Nothing here uses torch's float8 conversions: that is what the tests compare aga
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -83,6 +83,15 @@ def fp8() -> SimpleNamespace:
     )  # fmt: skip
 
 
+@pytest.fixture(scope="package", autouse=True)
+def one_thread() -> Iterator[None]:
+    """These tensors are tiny: on a busy machine two threads that wait for each other take 30 times as long as one."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def tiny_decoder() -> Callable[..., Any]:
     """tiny_decoder(preset="fog_max", seed=0, **shape) -> an initialised Decoder, not converted."""
@@ -97,8 +106,8 @@ def tiny_decoder() -> Callable[..., Any]:
     def build(preset: str = "fog_max", seed: int = 0, **changes: Any) -> Decoder:
         args = DecoderArgs(**(shape | changes))
         args.apply(Architecture(preset=preset))
-        torch.manual_seed(seed)
         model = Decoder(copy.copy(args))
+        torch.manual_seed(seed)
         model.init_weights()
         return model
 

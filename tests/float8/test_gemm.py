@@ -30,8 +30,11 @@ def test_scaled_mm_divides_by_both_scales(left, right, fast):
     scale_a, scale_b = torch.tensor(20.3), torch.tensor(0.7)
     exact_a, exact_b = a.double() / scale_a.double(), b.double() / scale_b.double()
     exact = exact_a @ exact_b
-    for dtype, half_ulp in ((torch.float32, 0.0), (torch.bfloat16, 2.0**-8)):
-        c = scaled_mm(a, b, scale_a, scale_b, dtype, fast)
+    for dtype, half_ulp, autocast in (
+        (torch.float32, 0.0, False), (torch.bfloat16, 2.0**-8, False), (torch.float32, 0.0, True),
+    ):  # fmt: skip
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            c = scaled_mm(a, b, scale_a, scale_b, dtype, fast)
         assert c.dtype == dtype and c.shape == (48, 32)
         allowed = roundings(exact_a, exact_b) * (1 + half_ulp) + half_ulp * exact.abs()
         assert ((c.double() - exact).abs() <= allowed).all()

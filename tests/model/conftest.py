@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -42,17 +42,26 @@ def _make_model(args, seed: int = 0, fp8: Fp8 | None = None, wrap: Callable | No
     return model
 
 
-@pytest.fixture
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """At these sizes a second thread only waits, on a busy machine for long."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
 def make_args():
     return _make_args
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_model():
     return _make_model
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tokens() -> torch.Tensor:
     """[2, 16] tokens below 96, always the same."""
     return torch.randint(0, 96, (2, SEQ_LEN), generator=torch.Generator().manual_seed(7))

@@ -81,7 +81,12 @@ def test_flops_are_what_torch_counts(make_args, make_model, tokens):
 
 def test_what_the_user_sets_wins_over_the_preset(make_args):
     args = make_args("llama", qk_norm="tanh", final_norm=False, input_scale=7.0, tie_embeddings=True)
-    assert (args.qk_norm, args.final_norm, args.input_scale, args.tie_embeddings) == ("tanh", False, 7.0, True)
+    assert (args.qk_norm, args.final_norm, args.input_scale, args.tie_embeddings) == (
+        "tanh",
+        False,
+        7.0,
+        True,
+    )
     assert args.norm_placement == "pre" and args.activation == "swiglu", "the rest stays the preset's"
     assert args.softmax_scale == 0.25 and args.hidden_dim == 64
     assert make_args("fog_max").hidden_dim == 96

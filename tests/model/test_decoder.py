@@ -81,7 +81,11 @@ def reference(model: Decoder, tokens_BS: Tensor) -> Tensor:
     weights = {name: p.detach().double() for name, p in model.named_parameters()}
     x = weights["tok_embeddings.weight"][tokens_BS] * args.input_scale
     for layer in range(args.n_layers):
-        w = {n.removeprefix(f"layers.{layer}."): p for n, p in weights.items() if n.startswith(f"layers.{layer}.")}
+        w = {
+            n.removeprefix(f"layers.{layer}."): p
+            for n, p in weights.items()
+            if n.startswith(f"layers.{layer}.")
+        }
         attention_norm, ffn_norm = w["attention_norm.weight"], w["ffn_norm.weight"]
         if args.norm_placement == "post":
             x = x + rms_normed(reference_attention(x, w, args), args.norm_eps, attention_norm)
@@ -178,7 +182,9 @@ def test_rms_norm_keeps_its_input_dtype_and_survives_extremes(dtype):
 def test_fog_starts_at_unit_scale(preset, make_args, make_model):
     args = make_args(preset, shape={"n_layers": 4, "norm_eps": 1e-9}, vocab_size=512)
     assert args.input_scale == 50 and args.post_norm_gain == 0.5
-    assert args.softmax_scale == pytest.approx(math.sqrt(2 / 16)), "0.125 at head_dim 128, the authors' setting"
+    assert args.softmax_scale == pytest.approx(math.sqrt(2 / 16)), (
+        "0.125 at head_dim 128, the authors' setting"
+    )
     model = make_model(args)
     assert model.norm is None and model.output is not None
 

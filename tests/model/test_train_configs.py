@@ -19,7 +19,14 @@ FILES = sorted((Path(__file__).parents[2] / "train_configs").glob("*.toml"))
 FOG = ["attention.wk", "attention.wo", "attention.wq", "attention.wv", "feed_forward.w1", "feed_forward.w2"]
 LLAMA = sorted([*FOG, "feed_forward.w3"])
 # With Tekken's 131072 entries; Llama 2's own 32000 would make its 7.55 the known 6.74.
-MILLIONS = {"debug": 17.37, "390m": 385.9, "1.5b": 1543.6, "llama2_7b": 7550, "8b": 8053.3, "llama3_8b": 8053.3}
+MILLIONS = {
+    "debug": 17.37,
+    "390m": 385.9,
+    "1.5b": 1543.6,
+    "llama2_7b": 7550,
+    "8b": 8053.3,
+    "llama3_8b": 8053.3,
+}
 
 
 def test_there_are_files():

@@ -78,13 +78,18 @@ class ShardWriter:
         }
 
 
+def token_dtype(vocab_size: int) -> str:
+    """numpy name of the smallest type that holds every id: "uint16" or "uint32"."""
+    return "uint16" if vocab_size <= 2**16 else "uint32"
+
+
 def new_manifest(tokenizer: Tokenizer, source: dict[str, Any]) -> dict[str, Any]:
     """A manifest without shards. `source`: what decides the shards' content besides the tokenizer."""
     vocab = tokenizer.get_vocab_size()
     return {
         "version": VERSION,
         "complete": False,
-        "dtype": "uint16" if vocab <= 2**16 else "uint32",
+        "dtype": token_dtype(vocab),
         "tokenizer": {"identity": tokenizer.identity, "vocab_size": vocab},
         "source": source,
         "splits": {split: [] for split in SPLITS},

@@ -2,7 +2,8 @@
 
 A document is non-empty utf-8 text, carried as bytes. A source is a list of files:
 
-    builtin   the .py files of Python's standard library and its help topics, at most 12 MB
+    builtin   the .py files of Python's standard library and its help topics, at most 12 MB; what is mostly
+              a table (character sets, opcodes, build settings …) is left out
     files     one file, or a folder walked recursively in sorted order:
               .jsonl .ndjson .json (one object per line; also .gz, .xz) and .parquet hold many documents,
               a plain text file (.txt .md .py …) is one document
@@ -27,6 +28,7 @@ import random
 import sysconfig
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -47,10 +49,16 @@ _PLAIN = frozenset(_PLAIN_SUFFIXES.split())
 _KNOWN = ".jsonl .ndjson .json (also with .gz, .xz), .parquet, or plain text such as .txt .md .py"
 
 _BUILTIN_BYTES = 12_000_000
-_BUILTIN_SKIP = {
-    *("site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "ensurepip"),
-    *("pydoc_data", "__pycache__"),
-}
+_BUILTIN_SKIP = [
+    *("__pycache__", "config-*", "dist-packages", "encodings", "ensurepip", "idlelib", "lib2to3", "msilib"),
+    *("pydoc_data", "site-packages", "test", "tests"),
+]
+# Files that are mostly a table, however written: a model learns nothing from them that it can use elsewhere.
+_BUILTIN_TABLES = [
+    *("_compat_pickle.py", "_opcode_metadata.py", "_sysconfigdata*", "_sysconfig_vars*", "keyword.py"),
+    *("locale.py", "opcode.py", "sre_constants.py", "stringprep.py", "symbol.py", "token.py"),
+    *("ctypes/wintypes.py", "curses/has_key.py", "html/entities.py", "re/_casefix.py", "re/_constants.py"),
+]
 
 Reader = Callable[[Path, str], Iterator[bytes]]
 """(file, text_key) -> the documents of the file, utf-8."""
@@ -74,6 +82,7 @@ class Source:
     """The documents of some files, split by hash.
 
     Attributes:
+        size: bytes of the files, packed ones as they lie on the disk.
         identity: changes when a file is added, renamed, or changes its size, or when `text_key` changes.
         where: the source in words, for messages.
     """
@@ -86,8 +95,9 @@ class Source:
         self._files = list(files)
         self._text_key = text_key
         sizes = [(file.name, _size(file.path)) for file in files]
+        self.size = sum(size for _, size in sizes)
         self.identity = f"{hash64('documents', text_key, sizes):016x}"
-        logger.info("data: %s, %d files, %.1f MB", where, len(sizes), sum(size for _, size in sizes) / 1e6)
+        logger.info("data: %s, %d files, %.1f MB", where, len(sizes), self.size / 1e6)
 
     def documents(self, order: Iterable[int] | None = None) -> Iterator[tuple[Split, bytes]]:
         """Every non-empty document as (split, text), file by file; `order` permutes the files."""
@@ -207,9 +217,11 @@ def _builtin_files() -> list[File]:
     topics = File("pydoc_data/topics.py", root / "pydoc_data" / "topics.py", _read_topics)
     library = []
     for folder, folders, names in os.walk(root):
-        folders[:] = [name for name in folders if name not in _BUILTIN_SKIP]
-        paths = (Path(folder, name) for name in names if name.endswith(".py"))
-        library += [File(path.relative_to(root).as_posix(), path, _read_plain) for path in paths]
+        folders[:] = [name for name in folders if not _matches(name, _BUILTIN_SKIP)]
+        for path in (Path(folder, name) for name in names if name.endswith(".py")):
+            name = path.relative_to(root).as_posix()
+            if not _matches(name, _BUILTIN_TABLES):
+                library.append(File(name, path, _read_plain))
     library.sort(key=lambda file: file.name)
     taken, total = [], 0
     for file in [topics, *library] if topics.path.is_file() else library:
@@ -222,6 +234,10 @@ def _builtin_files() -> list[File]:
             f'[data] source "builtin" needs Python\'s library sources; got none in {root}; use source "files"'
         )
     return taken
+
+
+def _matches(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def _reader(path: Path) -> Reader | None:

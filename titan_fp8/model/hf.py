@@ -91,8 +91,8 @@ class LlamaAdapter(StateDictAdapter):
             if key == "lm_head.weight" and self.model_args.tie_embeddings:
                 if not torch.equal(value, hf_state_dict["model.embed_tokens.weight"]):
                     raise UserError(
-                        "a tied model's lm_head.weight must equal model.embed_tokens.weight, got two different ones: "
-                        "set [architecture] tie_embeddings = false"
+                        "a tied model's lm_head.weight must equal its model.embed_tokens.weight, got different "
+                        "ones: set [architecture] tie_embeddings = false"
                     )
                 continue
             name = _rename(key, _FROM_HF)
@@ -104,10 +104,10 @@ class LlamaAdapter(StateDictAdapter):
         return renamed
 
     def get_hf_storage_reader(self, path: str, from_quantized: bool = False) -> HuggingFaceStorageReader:
-        """Reader of the *.safetensors in the folder `path`, after comparing their names and shapes with this decoder's.
+        """Reader of the safetensors in the folder `path`, once their names and shapes are this decoder's.
 
-        torchtitan asks the reader for the weights it wants and never learns of others, so a bias, a deeper model's
-        last layers or an untied head would be dropped in silence. Raises UserError.
+        torchtitan asks the reader for the weights it wants and never learns of others: a bias, a deeper
+        model's last layers or an untied head would be dropped in silence. Raises UserError.
         """
         reader = super().get_hf_storage_reader(path, from_quantized)
         there = {
@@ -123,7 +123,7 @@ class LlamaAdapter(StateDictAdapter):
             name = wrong[0]
             raise UserError(
                 f"the weights in {path} must be this model's, but {len(wrong)} differ, first {name}: shape "
-                f"{there.get(name, 'missing')} there, {here.get(name, 'missing')} here: set [model] flavor and "
-                f"[architecture] (vocab_size, tie_embeddings, n_layers) as the checkpoint has them"
+                f"{there.get(name, 'missing')} there, {here.get(name, 'missing')} here: set [model] flavor "
+                f"and [architecture] vocab_size, tie_embeddings, n_layers as the checkpoint has them"
             )
         return reader

@@ -23,7 +23,9 @@ def scaled_mm(
         # Same product with the scale repeated per row: oneDNN has no fast kernel for two E4M3 operands with one scale each.
         inverse_a = inverse_a.expand(a_MK.shape[0], 1).contiguous()
         inverse_b = inverse_b.expand(1, b_KN.shape[1]).contiguous()
-        fast = False
+        # Under autocast the CPU's kernel would round operand * scale to bfloat16 first.
+        with torch.autocast("cpu", enabled=False):
+            return torch._scaled_mm(a_MK, b_KN, scale_a=inverse_a, scale_b=inverse_b, out_dtype=out_dtype)
     return torch._scaled_mm(
         a_MK, b_KN, scale_a=inverse_a, scale_b=inverse_b, out_dtype=out_dtype, use_fast_accum=fast
     )
@@ -44,7 +46,15 @@ def bmm(a_BMK: Tensor, b_BKN: Tensor) -> Tensor:
     if a_BMK.device.type == "cuda":
         return torch.bmm(a_BMK.bfloat16(), b_BKN.bfloat16(), out_dtype=torch.float32)
     with torch.autocast(a_BMK.device.type, enabled=False):
-        return torch.bmm(a_BMK.float(), b_BKN.float())
+        return torch.bmm(_decode(a_BMK), _decode(b_BKN))
+
+
+def _decode(x: Tensor) -> Tensor:
+    """float8 -> float32 on CPU. PyTorch's own E4M3 conversion takes three times as long as a look-up of the 256 codes."""
+    if x.dtype != torch.float8_e4m3fn:
+        return x.float()
+    codes = torch.arange(256, dtype=torch.uint8, device=x.device).view(torch.float8_e4m3fn).float()
+    return codes.index_select(0, x.reshape(-1).view(torch.uint8).int()).view(x.shape)
 
 
 @bmm.register_fake
