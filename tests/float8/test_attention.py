@@ -16,7 +16,15 @@ B, H, K, S, C = 2, 4, 2, 32, 16
 SCALE = 0.25
 SLOTS = {"q": E4M3, "k": E4M3, "v": E4M3, "do": E5M2, "ds": E5M2}
 # What the quantised tensors of one step are called, and in which call of bmm and at which place they appear.
-OPERANDS = {"q": (0, 0), "k": (0, 1), "p": (1, 0), "v": (1, 1), "p_backward": (3, 0), "do": (3, 1), "ds": (5, 0)}
+OPERANDS = {
+    "q": (0, 0),
+    "k": (0, 1),
+    "p": (1, 0),
+    "v": (1, 1),
+    "p_backward": (3, 0),
+    "do": (3, 1),
+    "ds": (5, 0),
+}
 
 
 def make(fp8_backward: bool = True, scale: float = SCALE) -> tuple[Float8Attention, DelayedScaling]:
@@ -123,7 +131,12 @@ def test_seven_gemms_on_fp8_values(fp8, operands):
             assert (off > 0).float().mean() <= allowed and off.max() <= 1, name
         # GEMM 3 and those behind it take the very same tensors again
         q8, k8, do8, ds8, v8 = operands[0][0], operands[0][1], operands[3][1], operands[5][0], operands[1][1]
-        again = [operands[2], (operands[4][0], operands[4][1].mT), (operands[5][1].mT, operands[6][0].mT), operands[6]]
+        again = [
+            operands[2],
+            (operands[4][0], operands[4][1].mT),
+            (operands[5][1].mT, operands[6][0].mT),
+            operands[6],
+        ]
         known = [(q8, k8), (do8, v8), (k8, ds8), (operands[6][0], q8)]
         for pair, same in zip(again, known, strict=True):
             assert all(torch.equal(fp8.codes(a), fp8.codes(b)) for a, b in zip(pair, same, strict=True))
@@ -221,7 +234,9 @@ def test_nan_never_vanishes(tensor, calibrated):
     got = step(layer, *inputs.values())
     bad = got["o"].isnan().any(-1)
     heads = slice(1, 2) if tensor == "q" else slice(2, 4)  # the query heads of kv head 1
-    rows = {"q": slice(10, 11), "k": slice(10, S), "v": slice(0, S)}[tensor]  # 0 * NaN is NaN: v's row 10 reaches all
+    rows = {"q": slice(10, 11), "k": slice(10, S), "v": slice(0, S)}[
+        tensor
+    ]  # 0 * NaN is NaN: v's row 10 reaches all
     expected = torch.zeros(B, H, S, dtype=torch.bool)
     expected[0, heads, rows] = True
     assert torch.equal(bad, expected)

@@ -18,7 +18,14 @@ from titan_fp8.float8.convert import Float8Converter, convert, scaling_state, se
 from titan_fp8.float8.linear import Float8Linear
 from titan_fp8.model.decoder import CausalAttention, Decoder
 
-IN_A_BLOCK = ("attention.wq", "attention.wk", "attention.wv", "attention.wo", "feed_forward.w1", "feed_forward.w2")
+IN_A_BLOCK = (
+    "attention.wq",
+    "attention.wk",
+    "attention.wv",
+    "attention.wo",
+    "feed_forward.w1",
+    "feed_forward.w2",
+)
 NAMES = [f"layers.{layer}.{name}" for layer in range(2) for name in IN_A_BLOCK] + ["output"]
 
 
@@ -52,13 +59,17 @@ def test_a_pattern_that_matches_nothing_is_an_error(patterns, pattern, hint):
     with pytest.raises(UserError) as error:
         select(NAMES, patterns)
     message = str(error.value)
-    assert message.startswith(f"[fp8] filter: every pattern must match a linear module, {pattern} matches none: ")
+    assert message.startswith(
+        f"[fp8] filter: every pattern must match a linear module, {pattern} matches none: "
+    )
     assert hint in message and "\n" not in message
 
 
 def test_a_filter_that_leaves_nothing_is_an_error(tiny_decoder):
     for recipe in ("delayed", "tensorwise"):
-        with pytest.raises(UserError, match=r"must leave at least one linear with recipe '\w+', got .*bf16\"$"):
+        with pytest.raises(
+            UserError, match=r"must leave at least one linear with recipe '\w+', got .*bf16\"$"
+        ):
             convert(tiny_decoder(), Fp8(recipe=recipe, filter=["layers.*", "!layers.*"]))
 
 
@@ -239,7 +250,7 @@ def test_fog_in_full_fp8_overfits_a_batch_as_bf16_does(tiny_decoder):
     floor = math.log(2) * (y[:4] != y[4:]).float().mean().item()
     bf16 = overfit(tiny_decoder(), Fp8(recipe="bf16"), x, y, steps=120)
     full = overfit(tiny_decoder(), Fp8(attention="full", amax_history=16), x, y, steps=120)
-    print(floor, bf16[0], bf16[::20], bf16[-1], full[::20], full[-1], max(abs(a - b) for a, b in zip(bf16, full)))
+    print(floor, bf16[-1], full[-1], max(abs(a - b) for a, b in zip(bf16, full)))
     assert bf16[0] > 4 and floor < bf16[-1] < 1.05 * floor
     assert full[-1] == pytest.approx(bf16[-1], rel=0.02)
     assert max(abs(a - b) for a, b in zip(bf16, full, strict=True)) < 0.02 * bf16[0]

@@ -17,7 +17,9 @@ M, K, N = 48, 64, 32
 
 def make(seed: int = 0, dtype: torch.dtype = torch.float32, **recipe) -> tuple[Float8Linear, DelayedScaling]:
     torch.manual_seed(seed)
-    linear = Float8Linear.from_linear(nn.Linear(K, N, bias=False, dtype=dtype), Recipe(**({"history": 4} | recipe)))
+    linear = Float8Linear.from_linear(
+        nn.Linear(K, N, bias=False, dtype=dtype), Recipe(**({"history": 4} | recipe))
+    )
     state = DelayedScaling(linear.slots(), linear.recipe)
     state.init_weights()
     return linear, state
@@ -61,7 +63,9 @@ def test_three_gemms_on_fp8_values(fp8, dtype, power_of_two):
         w8 = exact(w, fp8.scale_for(w, E4M3), E4M3)
         for got, a, b in ((y, x8, w8.T), (dx, dy8, w8), (dw, dy8.T, x8)):
             assert got.dtype == dtype
-            allowed = (a.shape[1] + 4) * 2.0**-24 * (1 + half_ulp) * (a.abs() @ b.abs()) + half_ulp * (a @ b).abs()
+            allowed = (a.shape[1] + 4) * 2.0**-24 * (1 + half_ulp) * (a.abs() @ b.abs()) + half_ulp * (
+                a @ b
+            ).abs()
             assert ((got.double() - a @ b).abs() <= allowed).all()
         # FP8's own error is far outside those bounds: a GEMM in higher precision would be seen
         assert fp8.relative(x8 @ w8.T, now["x"].double() @ w.double().T) > 0.01
@@ -106,7 +110,11 @@ def test_batch_and_sequence_are_folded_into_rows(fp8):
     x, dy = draw(3, 16, K, seed=1), draw(3, 16, N, seed=2)
     y, dx, dw = step(make()[0], x, dy)
     flat = step(make()[0], x.flatten(0, 1), dy.flatten(0, 1))
-    assert torch.equal(y.flatten(0, 1), flat[0]) and torch.equal(dx.flatten(0, 1), flat[1]) and torch.equal(dw, flat[2])
+    assert (
+        torch.equal(y.flatten(0, 1), flat[0])
+        and torch.equal(dx.flatten(0, 1), flat[1])
+        and torch.equal(dw, flat[2])
+    )
 
 
 @pytest.mark.parametrize("shape", [(40, K), (3, 8, K)])

@@ -175,7 +175,9 @@ def test_fresh_state_after_to_empty():
     for module in (state, x, dy):
         module.to_empty(device="cpu")
         for buffer in module.buffers():
-            buffer.copy_(torch.full_like(buffer, 7) if not buffer.is_floating_point() else buffer.new_tensor(torch.nan))
+            buffer.copy_(
+                torch.full_like(buffer, 7) if not buffer.is_floating_point() else buffer.new_tensor(torch.nan)
+            )
     state.recipe.calibrating = False
     state.init_weights()
     expected = setup(history=3).state

@@ -53,7 +53,9 @@ def _kv_kernel(q8, q8_t, k8, v8, do8, do8_t, ds, shift, delta, scale_q, scale_k,
                dk_out, dv_out, softmax_scale, seq_len, padded_len, tiles_per_head, kv_heads, group,
                stride_b, stride_h, stride_s, C: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr,
                RECORD: tl.constexpr, P_SCALE: tl.constexpr, DS_DTYPE: tl.constexpr):  # fmt: skip
-    kv_start = tl.program_id(1) * BLOCK_KV  # the first blocks are seen by the most queries: the longest programs first
+    kv_start = (
+        tl.program_id(1) * BLOCK_KV
+    )  # the first blocks are seen by the most queries: the longest programs first
     kv_head = tl.program_id(0)
     s_q, s_ds, s_do = tl.load(scale_q), tl.load(scale_ds), tl.load(scale_do)
     factor = softmax_scale * LOG2_E / (s_q * tl.load(scale_k))
@@ -102,3 +104,61 @@ def _q_kernel(ds, k8_t, scale_k, scale_ds, dq_out, softmax_scale, seq_len, tiles
     where = (head // heads).to(tl.int64) * stride_b + (head % heads).to(tl.int64) * stride_h
     where += rows.to(tl.int64)[:, None] * stride_s + tl.arange(0, C)[None, :]
     tl.store(dq_out + where, acc.to(dq_out.dtype.element_ty), (rows < seq_len)[:, None])
+
+
+# head_dim -> (BLOCK_Q, BLOCK_KV, num_warps, num_stages)
+KV_TABLE = {64: (64, 64, 4, 2), 128: (64, 64, 4, 2)}
+# head_dim -> (BLOCK_KV, num_warps, num_stages)
+Q_TABLE = {64: (128, 8, 3), 128: (128, 8, 3)}
+
+
+def tiles_per_head(length: int) -> int:
+    return length // 128 * (length // 128 + 1) // 2
+
+
+def launch_kv(
+    q8,
+    q8_t,
+    k8,
+    v8,
+    do8,
+    do8_t,
+    ds8,
+    shift,
+    delta,
+    scales,
+    amax_ds,
+    dk,
+    dv,
+    softmax_scale,
+    record,
+    p_scale,
+    config=None,
+):
+    from .attention_cast import TL_DTYPE
+
+    batch, heads, length, dim = q8.shape
+    kv_heads = k8.shape[1]
+    block_q, block_kv, warps, stages = config or KV_TABLE[dim]
+    words = ds8.view(torch.uint16)
+    assert dk.stride() == dv.stride()
+    _kv_kernel[(batch * kv_heads, length // block_kv)](
+        rows_of(q8, block_q, dim), rows_of(q8_t, dim, block_q), rows_of(k8, block_kv, dim), rows_of(v8, block_kv, dim),
+        rows_of(do8, block_q, dim), rows_of(do8_t, dim, block_q), rows_of(words, block_q, block_kv // 2),
+        TensorDescriptor.from_tensor(shift.view(-1), [block_q]), TensorDescriptor.from_tensor(delta.view(-1), [block_q]),
+        *scales, amax_ds.view(torch.int32), dk, dv, softmax_scale, dk.shape[2], length, tiles_per_head(length),
+        kv_heads, heads // kv_heads, *dk.stride()[:3],
+        C=dim, BLOCK_Q=block_q, BLOCK_KV=block_kv, RECORD=record, P_SCALE=p_scale, DS_DTYPE=TL_DTYPE[ds8.dtype],
+        num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+
+
+def launch_q(ds8, k8_t, scale_k, scale_ds, dq, softmax_scale, config=None):
+    batch, kv_heads, dim, length = k8_t.shape
+    heads = dq.shape[1]
+    block_kv, warps, stages = config or Q_TABLE[dim]
+    _q_kernel[(batch * heads, length // 128)](
+        rows_of(ds8, 128, block_kv), rows_of(k8_t, dim, block_kv), scale_k, scale_ds, dq, softmax_scale, dq.shape[2],
+        tiles_per_head(length), heads, heads // kv_heads, *dq.stride()[:3], C=dim, BLOCK_KV=block_kv,
+        num_warps=warps, num_stages=stages,
+    )  # fmt: skip

@@ -66,7 +66,9 @@ def _cast_kernel(x, scale, amax_bits, x8, x8_t, seq_len, padded_len, heads, stri
     start, head = tl.program_id(0) * BLOCK, tl.program_id(1).to(tl.int64)
     rows, channels = start + tl.arange(0, BLOCK), tl.arange(0, C)
     x += head // heads * stride_b + head % heads * stride_h
-    value = tl.load(x + rows.to(tl.int64)[:, None] * stride_s + channels[None, :], (rows < seq_len)[:, None], 0.0)
+    value = tl.load(
+        x + rows.to(tl.int64)[:, None] * stride_s + channels[None, :], (rows < seq_len)[:, None], 0.0
+    )
     value = value.to(tl.float32)
     if RECORD:
         _record_amax(value, amax_bits)
@@ -84,7 +86,9 @@ def _cast_gradient_kernel(do, o, scale, scale_ds, amax_bits, x8, x8_t, delta, se
     do += head // heads * do_stride_b + head % heads * do_stride_h
     o += head // heads * o_stride_b + head % heads * o_stride_h
     mask = (rows < seq_len)[:, None]
-    value = tl.load(do + rows.to(tl.int64)[:, None] * do_stride_s + channels[None, :], mask, 0.0).to(tl.float32)
+    value = tl.load(do + rows.to(tl.int64)[:, None] * do_stride_s + channels[None, :], mask, 0.0).to(
+        tl.float32
+    )
     out = tl.load(o + rows.to(tl.int64)[:, None] * o_stride_s + channels[None, :], mask, 0.0).to(tl.float32)
     sums = tl.sum(value * out, 1) * (tl.load(scale_ds) / P_SCALE)
     tl.store(delta + head * padded_len + rows, sums)
@@ -95,7 +99,14 @@ def _cast_gradient_kernel(do, o, scale, scale_ds, amax_bits, x8, x8_t, delta, se
 
 
 def launch_cast(
-    x: Tensor, scale: Tensor, amax: Tensor, dtype: torch.dtype, record: bool, plain: bool, transposed: bool, pair_rows: bool
+    x: Tensor,
+    scale: Tensor,
+    amax: Tensor,
+    dtype: torch.dtype,
+    record: bool,
+    plain: bool,
+    transposed: bool,
+    pair_rows: bool,
 ) -> tuple[Tensor, Tensor]:
     """(x8 [B, H, L, C], x8_t [B, H, C, L]); the one not asked for is empty. See `attention.attention_cast`."""
     batch, heads, seq_len, dim = x.shape
@@ -112,7 +123,14 @@ def launch_cast(
 
 
 def launch_cast_gradient(
-    do: Tensor, o: Tensor, scale: Tensor, scale_ds: Tensor, amax: Tensor, dtype: torch.dtype, record: bool, p_scale: float
+    do: Tensor,
+    o: Tensor,
+    scale: Tensor,
+    scale_ds: Tensor,
+    amax: Tensor,
+    dtype: torch.dtype,
+    record: bool,
+    p_scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(do8 [B, H, L, C], do8_t [B, H, C, L], delta [B, H, L]). See `attention.attention_cast_gradient`."""
     batch, heads, seq_len, dim = do.shape
