@@ -106,10 +106,8 @@ def test_the_end_says_what_happened_and_where_things_lie(runs):
 
 def test_kill_and_resume_gives_the_same_run_bit_for_bit(runs):
     """Also: two runs at one seed are equal. Compared: all logged steps, validations, the last checkpoint's tensors."""
-    import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict_loader import _load_state_dict_from_keys
 
-    del dcp
     assert 110 <= int((runs["killed"] / "rows_before.txt").read_text()) < 200
     assert "Loading the checkpoint" in console(runs["killed"])
     for kind in ("train", "validation"):
@@ -197,3 +195,52 @@ def test_an_error_is_one_line_and_the_last(tmp_path, flags, expected):
     assert process.wait(timeout=120) != 0
     last = console(tmp_path).strip().splitlines()[-1]
     assert last.startswith("error: ") and expected in last
+
+
+def readme_commands() -> list[str]:
+    blocks = re.findall(r"^```bash\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
+    lines = [line.split("  #")[0].strip() for block in blocks for line in block.splitlines()]
+    return [line for line in lines if line]
+
+
+# What is added to a command so that a test can wait for it, or why it is not run here.
+ADDED = {
+    "bash run_train.sh": None,  # the fixture `runs` ran exactly this
+    "bash tests/run.sh": None,  # this test runs inside it; .ci/run calls it (below)
+    "python tools/plot.py outputs/debug": "",
+    "python tools/audit_gemms.py --config train_configs/debug.toml": "",
+    "python -m titan_fp8.train --help": "",
+    "CONFIG_FILE=train_configs/fog_390m.toml bash run_train.sh --training.steps=20": "gpu",
+    "python tools/prepare_data.py --path my_text --out shards --tokenizer byte": "",
+    "bash run_train.sh --data.source=shards --data.path=shards --job.dump_folder=outputs/mine": " --training.steps=3",
+}
+
+
+def test_every_command_of_the_readme_works(runs):
+    assert readme_commands() == list(ADDED), (
+        "README.md and this table name the same commands, in the same order"
+    )
+    assert "bash tests/run.sh" in (ROOT / ".ci/run").read_text()
+    folder = runs["whole"]
+    for name in ("tools", "train_configs", "run_train.sh"):
+        if not (folder / name).exists():
+            (folder / name).symlink_to(ROOT / name)
+    (folder / "my_text").mkdir(exist_ok=True)
+    for i in range(200):
+        (folder / "my_text" / f"{i}.txt").write_text(
+            f"Document {i}. " + "It was a dark and stormy night. " * 30
+        )
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    for command, added in ADDED.items():
+        if added is None:
+            continue
+        if added == "gpu":
+            if torch.cuda.is_available():
+                added = ""
+            else:  # what this machine can run of it: the configuration, the model and every GEMM of a step
+                command, added = "python tools/audit_gemms.py --config train_configs/fog_390m.toml", ""
+        done = subprocess.run(
+            command + added, shell=True, cwd=folder, env=environment(PATH=path, PYTHONPATH=str(ROOT)),
+            capture_output=True, text=True, timeout=600,
+        )  # fmt: skip
+        assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
