@@ -126,6 +126,8 @@ class Trainer(titan.Trainer):
             optimizer.found_inf = (
                 overflow.float()
             )  # fused AdamW does nothing where this is 1, without a host sync
+        if self.scaling is not None:
+            self.scaling.skipped = overflow
         self.optimizers.step()
         self.lr_schedulers.step()
 

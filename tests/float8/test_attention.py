@@ -234,12 +234,11 @@ def test_nan_never_vanishes(tensor, calibrated):
     got = step(layer, *inputs.values())
     bad = got["o"].isnan().any(-1)
     heads = slice(1, 2) if tensor == "q" else slice(2, 4)  # the query heads of kv head 1
-    rows = {"q": slice(10, 11), "k": slice(10, S), "v": slice(0, S)}[
-        tensor
-    ]  # 0 * NaN is NaN: v's row 10 reaches all
-    expected = torch.zeros(B, H, S, dtype=torch.bool)
-    expected[0, heads, rows] = True
-    assert torch.equal(bad, expected)
+    reached, spared = torch.zeros(2, B, H, S, dtype=torch.bool)
+    reached[0, heads, 10 if tensor == "q" else slice(10, S)] = True
+    # rows before 10 may get it or not: 0 * NaN and NaN - inf are NaN
+    spared[0, heads, :10] = tensor != "q"
+    assert bad[reached].all() and not bad[~(reached | spared)].any()
     assert got["dq"].isnan().any() and got["dk"].isnan().any()
     assert layer.slots()[tensor].amax.isnan() and layer.ds.amax.isnan()
     state.update()

@@ -134,7 +134,8 @@ def test_x_is_kept_for_backward_in_fp8_only(transposed):
         linear(x)
     of_size_x = [t for t in kept if t.numel() == M * K]
     assert [t.dtype for t in of_size_x] == [E4M3]
-    assert of_size_x[0].stride() == (K, 1)  # what the FP8 matrix unit takes, whatever x was
+    # Transposed, as the weight gradient's GEMM wants it, whatever x was.
+    assert of_size_x[0].shape == (K, M) and of_size_x[0].stride() == (M, 1)
     assert all(t is linear.weight or t.numel() == 1 for t in kept if t is not of_size_x[0])
 
 

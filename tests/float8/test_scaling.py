@@ -260,3 +260,16 @@ def test_ranks_agree_on_the_largest_amax_and_on_nan(tmp_path):
     assert state.history.tolist() == [[4.0, 4.0], [4.0, 4.0]]  # NaN on one rank: the step before stands in
     assert state.nonfinite_steps.tolist() == [1, 1]
     assert state.scale.tolist() == [112.0, 57344 / 4]
+
+
+def test_a_skipped_step_keeps_huge_gradients_out_of_the_history():
+    """A huge, just finite gradient, in a step skipped for another's overflow, must not flush later ones to zero."""
+    state, x, dy = setup(history=4)
+    for largest, gradient, skipped in ((2.0, 1.0, False), (4.0, 1e38, True), (4.0, 1.0, False)):
+        cast(state, x, largest)
+        cast(state, dy, gradient)
+        state.skipped = torch.tensor(skipped)
+        state.update()
+        assert float(dy.scale) == 57344
+    assert float(x.scale) == 448 / 4  # activations of the skipped step are as good as any
+    assert state.skipped is None

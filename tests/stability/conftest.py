@@ -45,22 +45,8 @@ def clock(monkeypatch):
     return clock
 
 
-@pytest.fixture(scope="module")
-def process_group(tmp_path_factory):
-    """torch.distributed, initialised with one process, after titan_fp8.device prepared torchtitan."""
-    from titan_fp8.device import install
-
-    install()
-    import torch.distributed as dist
-
-    store = dist.FileStore(str(tmp_path_factory.mktemp("store") / "store"), 1)
-    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
 @pytest.fixture
-def make_processor(process_group, tmp_path, clock):
+def make_processor(gloo, tmp_path, clock):
     """make_processor(steps=..., ...) -> a processor that writes to tmp_path; closed at the end."""
     from torchtitan.config import JobConfig
 

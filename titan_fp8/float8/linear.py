@@ -4,8 +4,9 @@
     grad input   dx [M, K] = dy_e5m2 [M, N]    w_e4m3 [N, K]
     grad weight  dw [N, K] = dy_e5m2^T [N, M]  x_e4m3 [M, K]
 
-x and dy have delayed scales; w is scaled by its own amax, which is known exactly, once per use. x is kept for backward in
-FP8; w is cast again there, so that a gathered weight need not stay. M = batch * sequence.
+x and dy have delayed scales; w is scaled by its own amax, which is known exactly, once per use. x is kept for backward
+in FP8, transposed as its last GEMM wants it; w is cast again there, so that a gathered weight need not stay.
+M = batch * sequence.
 """
 
 from __future__ import annotations
@@ -14,36 +15,43 @@ import torch
 from torch import Tensor, nn
 
 from .formats import E4M3, E5M2, FP8_MAX, amax, saturating_cast, scale_from_amax
-from .kernels.gemm import column_major, scaled_mm
-from .scaling import CastRule, Recipe, TensorScale, quantize
+from .kernels.cast import cast
+from .kernels.gemm import scaled_mm
+from .scaling import CastRule, Recipe, TensorScale, scale_in_use
 
 
-def quantize_weight(w_NK: Tensor, power_of_two: bool) -> tuple[Tensor, Tensor]:
-    """(w in E4M3, its scale) from the weight's own amax; margin does not apply, since nothing can jump."""
-    scale = scale_from_amax(amax(w_NK), FP8_MAX[E4M3], 0, power_of_two)
-    return saturating_cast(w_NK, scale, E4M3), scale
+def weight_scale(w_NK: Tensor, power_of_two: bool) -> Tensor:
+    """The weight's scale from its own amax; margin does not apply, since nothing can jump."""
+    return scale_from_amax(amax(w_NK), FP8_MAX[E4M3], 0, power_of_two)
 
 
 @torch._dynamo.allow_in_graph
 class _Float8Matmul(torch.autograd.Function):
+    # Suffix _t: stored transposed. A GEMM's right operand must be contiguous along the summed dimension, as its left one.
+
     @staticmethod
     def forward(ctx, x_MK, w_NK, x_scale, x_amax, dy_scale, dy_amax, rule: CastRule):
-        x_fp8, x_scale = quantize(x_MK.contiguous(), x_scale, x_amax, E4M3, rule)
-        w_fp8, w_scale = quantize_weight(w_NK, rule.power_of_two)
-        ctx.save_for_backward(x_fp8, x_scale, w_NK, dy_scale)
+        x_scale = scale_in_use(x_MK, x_scale, E4M3, rule)
+        x8_MK, x8_t_KM = cast(x_MK, x_scale, x_amax, E4M3, rule.record, True, ctx.needs_input_grad[1])
+        w_scale = weight_scale(w_NK, rule.power_of_two)
+        w8_NK = saturating_cast(w_NK, w_scale, E4M3)
+        ctx.save_for_backward(x8_t_KM, x_scale, w_NK, w_scale, dy_scale)
         # Not saved: a backward writes it, and autograd would then refuse the next one (two forwards first).
         ctx.dy_amax, ctx.rule = dy_amax, rule
-        return scaled_mm(x_fp8, w_fp8.t(), x_scale, w_scale, x_MK.dtype, fast=True)
+        return scaled_mm(x8_MK, w8_NK.t(), x_scale, w_scale, x_MK.dtype, fast=True)
 
     @staticmethod
     def backward(ctx, dy_MN):
-        x_fp8, x_scale, w_NK, dy_scale = ctx.saved_tensors
-        dy_fp8, dy_scale = quantize(dy_MN.contiguous(), dy_scale, ctx.dy_amax, E5M2, ctx.rule)
-        w_fp8, w_scale = quantize_weight(w_NK, ctx.rule.power_of_two)
-        dx_MK = scaled_mm(dy_fp8, column_major(w_fp8), dy_scale, w_scale, dy_MN.dtype, fast=False)
-        dw_NK = scaled_mm(
-            dy_fp8.t().contiguous(), column_major(x_fp8), dy_scale, x_scale, w_NK.dtype, fast=False
-        )
+        x8_t_KM, x_scale, w_NK, w_scale, dy_scale = ctx.saved_tensors
+        dy_scale = scale_in_use(dy_MN, dy_scale, E5M2, ctx.rule)
+        needs_dx, needs_dw = ctx.needs_input_grad[:2]
+        dy8_MN, dy8_t_NM = cast(dy_MN, dy_scale, ctx.dy_amax, E5M2, ctx.rule.record, needs_dx, needs_dw)
+        dx_MK = dw_NK = None
+        if needs_dx:
+            _, w8_t_KN = cast(w_NK, w_scale, torch.zeros_like(w_scale), E4M3, False, False, True)
+            dx_MK = scaled_mm(dy8_MN, w8_t_KN.t(), dy_scale, w_scale, dy_MN.dtype, fast=False)
+        if needs_dw:
+            dw_NK = scaled_mm(dy8_t_NM, x8_t_KM.t(), dy_scale, x_scale, w_NK.dtype, fast=False)
         return dx_MK, dw_NK, None, None, None, None, None
 
 

@@ -5,8 +5,8 @@
 So a cast needs one pass over its tensor: it multiplies by a number known beforehand and takes, on the way, the amax
 that later steps will use (FOG, arXiv 2505.20524, section 2; the algorithm is Transformer Engine's "max").
 
-`TensorScale` is one tensor's slot inside a layer; `DelayedScaling` is the whole model's state and updates every slot at once,
-with one MAX all-reduce. On the very first step there is no history, and each tensor is scaled by its own amax.
+`TensorScale` is one tensor's slot inside a layer; `DelayedScaling` is the whole model's state and updates every slot at
+once, with one MAX all-reduce. On the very first step there is no history, and each tensor is scaled by its own amax.
 
     layers write   slot.amax    (max over micro-batches; recomputation under activation checkpointing changes nothing)
     layers read    slot.scale
@@ -67,6 +67,13 @@ class TensorScale(nn.Module):
         return f"delayed_{short_name(self.dtype)}"
 
 
+def scale_in_use(x: Tensor, scale: Tensor, dtype: torch.dtype, rule: CastRule) -> Tensor:
+    """The delayed `scale`, or in the first step, which has no history, the one from x's own amax (0-dim float32)."""
+    if not rule.calibrating:
+        return scale
+    return scale_from_amax(amax(x), FP8_MAX[dtype], rule.margin, rule.power_of_two)
+
+
 def quantize(
     x: Tensor, scale: Tensor, seen: Tensor, dtype: torch.dtype, rule: CastRule
 ) -> tuple[Tensor, Tensor]:
@@ -74,12 +81,9 @@ def quantize(
 
     A non-finite amax stays visible in `seen` (torch.maximum keeps NaN) until `DelayedScaling.update` counts it.
     """
-    if rule.record or rule.calibrating:
-        now = amax(x)
-        if rule.record:
-            seen.copy_(torch.maximum(seen, now))
-        if rule.calibrating:
-            scale = scale_from_amax(now, FP8_MAX[dtype], rule.margin, rule.power_of_two)
+    scale = scale_in_use(x, scale, dtype, rule)
+    if rule.record:
+        seen.copy_(torch.maximum(seen, amax(x)))
     return saturating_cast(x, scale, dtype), scale
 
 
@@ -98,6 +102,7 @@ class DelayedScaling(nn.Module):
     nonfinite_steps: Tensor
     steps: Tensor
     fp8_max: Tensor
+    is_gradient: Tensor
 
     def __init__(self, slots: Mapping[str, TensorScale], recipe: Recipe):
         super().__init__()
@@ -113,6 +118,9 @@ class DelayedScaling(nn.Module):
         self.register_buffer("nonfinite_steps", torch.zeros(n, dtype=torch.int64))
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
         self.register_buffer("fp8_max", torch.zeros(n), persistent=False)
+        self.register_buffer("is_gradient", torch.zeros(n, dtype=torch.bool), persistent=False)
+        self.skipped: Tensor | None = None  # [] bool, set by the trainer: this step's gradients overflowed
+        self.discard_gradients: Tensor | None = None
         self.register_load_state_dict_post_hook(lambda module, _: module.refresh())  # type: ignore
 
     def init_weights(self) -> None:
@@ -121,6 +129,7 @@ class DelayedScaling(nn.Module):
             buffer.zero_()
         self.scale.fill_(1.0)
         self.fp8_max.copy_(torch.tensor([FP8_MAX[slot.dtype] for slot in self.slots]))
+        self.is_gradient.copy_(torch.tensor([slot.dtype == E5M2 for slot in self.slots]))
         self.refresh()
 
     def refresh(self) -> None:
@@ -139,7 +148,8 @@ class DelayedScaling(nn.Module):
         """Take this step's amaxes into the history and compute the next step's scales. Call once per step, on every rank.
 
         Amaxes that are not finite are counted and never enter the history: the tensor's previous row stands in. A tensor
-        that saw nothing keeps its scale. No host synchronisation.
+        that saw nothing keeps its scale. In a step that was `skipped`, no gradient's amax enters either: one that is huge
+        and just finite would flush that tensor to zero for `history` steps. No host synchronisation.
         """
         now = torch.stack([slot.amax for slot in self.slots])
         now = torch.where(now.isfinite(), now, torch.inf)  # MAX over ranks loses NaN, but not inf
@@ -149,14 +159,17 @@ class DelayedScaling(nn.Module):
         self.nonfinite_steps += ~finite
         if not self.recipe.calibrating:
             self.saturation.copy_(now * self.scale / self.fp8_max)
-            self.saturated_steps += finite & (
-                self.saturation > 1 + 1e-6
-            )  # not what rounding alone puts above 1
+            # Rounding alone can put it a little above 1.
+            self.saturated_steps += finite & (self.saturation > 1 + 1e-6)
 
         rows = self.history.shape[0]
         row = self.steps % rows
         previous = self.history[(row - 1) % rows]
-        self.history.index_copy_(0, row.view(1), torch.where(finite, now, previous)[None])
+        usable = finite
+        if self.skipped is not None:
+            usable = finite & ~(self.is_gradient & self.skipped)
+            self.skipped = None
+        self.history.index_copy_(0, row.view(1), torch.where(usable, now, previous)[None])
         largest = self.history.amax(0)
         fresh = scale_from_amax(largest, self.fp8_max, self.recipe.margin, self.recipe.power_of_two)
         self.scale.copy_(torch.where(largest > 0, fresh, self.scale))
@@ -168,8 +181,7 @@ class DelayedScaling(nn.Module):
     @torch.no_grad()
     def rescale_gradients(self, factor: Tensor | float) -> None:
         """The loss scale changed by `factor`: so will every gradient's amax. Keeps histories and scales in step with it."""
-        gradient = torch.tensor([slot.dtype == E5M2 for slot in self.slots], device=self.scale.device)
-        factors = torch.where(gradient, factor, 1.0)
+        factors = torch.where(self.is_gradient, factor, 1.0)
         self.history *= factors
         self.scale /= factors
         self._write_slots()

@@ -31,11 +31,6 @@ def scaled_mm(
     )
 
 
-def column_major(x: Tensor) -> Tensor:
-    """x with its last two dimensions stored column-major."""
-    return x.transpose(-2, -1).contiguous().transpose(-2, -1)
-
-
 @torch.library.custom_op("titan_fp8::bmm", mutates_args=())
 def bmm(a_BMK: Tensor, b_BKN: Tensor) -> Tensor:
     """a @ b as [B, M, N] float32, unscaled. a, b: float8.

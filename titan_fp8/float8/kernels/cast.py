@@ -1,0 +1,92 @@
+"""Cast to FP8 in one read: q, its transpose, and the amax that later steps will scale by.
+
+    q[m, k] = cast(clamp(x[m, k] * scale, -max, max))      qt[k, m] = q[m, k]      seen = max(seen, max |x|)
+
+x [M, K] of any float dtype is read once; q [M, K] and qt [K, M] (what Hopper's FP8 matrix unit wants on the other side of a
+GEMM: both operands contiguous along the summed dimension) are written as asked. A NaN in x comes out in q, qt and seen.
+`reference` is the same in plain PyTorch, and what runs where there is no CUDA.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from titan_fp8.float8.formats import FP8_MAX, amax, saturating_cast
+
+
+def reference(
+    x: Tensor, scale: Tensor, seen: Tensor, dtype: torch.dtype, record: bool, straight: bool, transposed: bool
+) -> tuple[Tensor, Tensor]:
+    """(q, qt) in plain PyTorch; the one not asked for is empty. Updates `seen` in place if `record`."""
+    if record:
+        seen.copy_(torch.maximum(seen, amax(x)))
+    q = saturating_cast(x, scale, dtype)
+    nothing = q.new_empty(0)
+    return q if straight else nothing, q.t().contiguous() if transposed else nothing
+
+
+@triton.jit
+def _cast_kernel(
+    x_ptr, scale_ptr, seen_ptr, q_ptr, qt_ptr, M, K, stride_m, stride_k,
+    FP8_MAX: tl.constexpr, RECORD: tl.constexpr, STRAIGHT: tl.constexpr, TRANSPOSED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    inside = (rows < M)[:, None] & (columns < K)[None, :]
+    x = tl.load(x_ptr + rows[:, None] * stride_m + columns[None, :] * stride_k, mask=inside, other=0.0)
+    x = x.to(tl.float32)
+    if RECORD:
+        # Bit patterns of non-negative floats order like the floats, and NaN's lie above inf's: an integer maximum keeps NaN,
+        # and an integer atomic gives the same result in any order.
+        bits = tl.abs(x).to(tl.int32, bitcast=True)
+        tl.atomic_max(seen_ptr, tl.max(tl.max(bits, 1), 0), sem="relaxed")
+    y = x * tl.load(scale_ptr)
+    y = tl.clamp(y, -FP8_MAX, FP8_MAX, propagate_nan=tl.PropagateNan.ALL)
+    q = y.to(q_ptr.dtype.element_ty)
+    if STRAIGHT:
+        tl.store(q_ptr + rows[:, None] * K + columns[None, :], q, mask=inside)
+    if TRANSPOSED:
+        tl.store(
+            qt_ptr + columns[:, None].to(tl.int64) * M + rows[None, :], tl.trans(q), mask=tl.trans(inside)
+        )
+
+
+@torch.library.custom_op("titan_fp8::cast", mutates_args=("seen",))
+def cast_op(
+    x: Tensor, scale: Tensor, seen: Tensor, dtype: torch.dtype, record: bool, straight: bool, transposed: bool
+) -> tuple[Tensor, Tensor]:
+    """The kernel behind `cast`, with the arguments of `reference`; x is a CUDA tensor."""
+    rows, columns = x.shape
+    q = torch.empty((rows, columns) if straight else 0, dtype=dtype, device=x.device)
+    qt = torch.empty((columns, rows) if transposed else 0, dtype=dtype, device=x.device)
+    block_m, block_k, warps = (32, 128, 4) if transposed else (4, 2048, 4)
+    grid = (triton.cdiv(rows, block_m), triton.cdiv(columns, block_k))
+    _cast_kernel[grid](
+        x, scale, seen.view(torch.int32), q, qt, rows, columns, x.stride(0), x.stride(1),
+        FP8_MAX[dtype], record, straight, transposed, block_m, block_k, num_warps=warps,
+    )  # fmt: skip
+    return q, qt
+
+
+@cast_op.register_fake
+def _(x, scale, seen, dtype, record, straight, transposed):
+    rows, columns = x.shape
+    return (
+        x.new_empty((rows, columns) if straight else 0, dtype=dtype),
+        x.new_empty((columns, rows) if transposed else 0, dtype=dtype),
+    )
+
+
+def cast(
+    x: Tensor, scale: Tensor, seen: Tensor, dtype: torch.dtype, record: bool, straight: bool, transposed: bool
+) -> tuple[Tensor, Tensor]:
+    """(q [M, K], qt [K, M]) of x [M, K] times `scale` in FP8; the one not asked for is empty. One read of x on CUDA.
+
+    scale, seen: 0-dim float32. With `record`, the amax of x is folded into `seen` in place.
+    """
+    run = cast_op if x.device.type == "cuda" else reference
+    return run(x, scale, seen, dtype, record, straight, transposed)
