@@ -56,6 +56,8 @@ def _store(y, head, start, padded_len, x8, x8_t, BLOCK: tl.constexpr, C: tl.cons
     if TRANSPOSED:
         if PAIR_ROWS:
             y = y.reshape(BLOCK // 16, 2, 8, C).permute(0, 2, 1, 3).reshape(BLOCK, C)
+        else:
+            y = y.reshape(BLOCK // 16, 2, 4, 2, C).permute(0, 2, 1, 3, 4).reshape(BLOCK, C)
         tl.store(x8_t + (head * C + channels)[:, None] * padded_len + rows[None, :], tl.trans(y))
 
 
