@@ -60,8 +60,8 @@ class TensorScale(nn.Module):
     def __init__(self, dtype: torch.dtype):
         super().__init__()
         self.dtype = dtype
-        self.register_buffer("scale", torch.ones(()), persistent=False)
-        self.register_buffer("amax", torch.zeros(()), persistent=False)
+        self.register_buffer("scale", torch.ones((), dtype=torch.float32), persistent=False)
+        self.register_buffer("amax", torch.zeros((), dtype=torch.float32), persistent=False)
 
     def extra_repr(self) -> str:
         return f"delayed_{short_name(self.dtype)}"
@@ -110,14 +110,14 @@ class DelayedScaling(nn.Module):
         self.slots = tuple(slots.values())  # a tuple: they are the layers' submodules, not ours
         self.recipe = recipe
         n = len(self.slots)
-        self.register_buffer("history", torch.zeros(recipe.history, n))
-        self.register_buffer("scale", torch.ones(n))
-        self.register_buffer("last_amax", torch.zeros(n))
-        self.register_buffer("saturation", torch.zeros(n))
+        # Named dtypes: under torchtitan's training.dtype the default one may be bfloat16.
+        self.register_buffer("history", torch.zeros(recipe.history, n, dtype=torch.float32))
+        for name in ("scale", "last_amax", "saturation"):
+            self.register_buffer(name, torch.zeros(n, dtype=torch.float32))
         self.register_buffer("saturated_steps", torch.zeros(n, dtype=torch.int64))
         self.register_buffer("nonfinite_steps", torch.zeros(n, dtype=torch.int64))
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
-        self.register_buffer("fp8_max", torch.zeros(n), persistent=False)
+        self.register_buffer("fp8_max", torch.zeros(n, dtype=torch.float32), persistent=False)
         self.register_buffer("is_gradient", torch.zeros(n, dtype=torch.bool), persistent=False)
         self.skipped: Tensor | None = None  # [] bool, set by the trainer: this step's gradients overflowed
         self.discard_gradients: Tensor | None = None
@@ -128,7 +128,7 @@ class DelayedScaling(nn.Module):
         for buffer in self.buffers():
             buffer.zero_()
         self.scale.fill_(1.0)
-        self.fp8_max.copy_(torch.tensor([FP8_MAX[slot.dtype] for slot in self.slots]))
+        self.fp8_max.copy_(torch.tensor([FP8_MAX[slot.dtype] for slot in self.slots], dtype=torch.float32))
         self.is_gradient.copy_(torch.tensor([slot.dtype == E5M2 for slot in self.slots]))
         self.refresh()
 

@@ -219,7 +219,7 @@ def _kv_kernel(q8, q8_t, k8, v8, do8, do8_t, ds, shift, delta, scale_q, scale_k,
         (_consumer, (k, v, descs, rings, full, empty, ds, staging.index(1), first_head, group, first, count, padded_len, tiles_per_head,
                      factor, ds_factor, s_ds, amax_bits, dk_out + where, dv_out + where, dk_factor, dv_factor, seq_len, stride_s,
                      C, STAGES, LAG, 1, RECORD, DS_DTYPE)),
-    ], [4], [248])  # fmt: skip
+    ], [4], [256])  # fmt: skip
 
 
 GL_DTYPE = {torch.float8_e4m3fn: gl.float8e4nv, torch.float8_e5m2: gl.float8e5}

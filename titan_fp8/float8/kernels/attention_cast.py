@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ..formats import FP8_MAX
 
+CONFIG = [64, 4]
 PAD = 128  # every block length of the attention kernels divides it
 
 TL_DTYPE = {torch.float8_e4m3fn: tl.float8e4nv, torch.float8_e5m2: tl.float8e5}
@@ -115,11 +116,11 @@ def launch_cast(
     length = padded(seq_len)
     x8 = x.new_empty((batch, heads, length, dim) if plain else 0, dtype=dtype)
     x8_t = x.new_empty((batch, heads, dim, length) if transposed else 0, dtype=dtype)
-    block = 64
+    block = CONFIG[0]
     _cast_kernel[(length // block, batch * heads)](
         x, scale, amax.view(torch.int32), x8, x8_t, seq_len, length, heads, *x.stride()[:3],
         C=dim, BLOCK=block, LIMIT=FP8_MAX[dtype], DTYPE=TL_DTYPE[dtype],
-        RECORD=record, PLAIN=plain, TRANSPOSED=transposed, PAIR_ROWS=pair_rows, num_warps=4,
+        RECORD=record, PLAIN=plain, TRANSPOSED=transposed, PAIR_ROWS=pair_rows, num_warps=CONFIG[1],
     )  # fmt: skip
     return x8, x8_t
 
@@ -140,10 +141,10 @@ def launch_cast_gradient(
     do8 = do.new_empty((batch, heads, length, dim), dtype=dtype)
     do8_t = do.new_empty((batch, heads, dim, length), dtype=dtype)
     delta = do.new_empty((batch, heads, length), dtype=torch.float32)
-    block = 64
+    block = CONFIG[0]
     _cast_gradient_kernel[(length // block, batch * heads)](
         do, o, scale, scale_ds, amax.view(torch.int32), do8, do8_t, delta, seq_len, length, heads,
         *do.stride()[:3], *o.stride()[:3],
-        C=dim, BLOCK=block, LIMIT=FP8_MAX[dtype], DTYPE=TL_DTYPE[dtype], RECORD=record, P_SCALE=p_scale, num_warps=4,
+        C=dim, BLOCK=block, LIMIT=FP8_MAX[dtype], DTYPE=TL_DTYPE[dtype], RECORD=record, P_SCALE=p_scale, num_warps=CONFIG[1],
     )  # fmt: skip
     return do8, do8_t, delta

@@ -18,8 +18,6 @@ from .attention_backward_hopper import exp2, left_operand
 
 LOG2_E = gl.constexpr(1.4426950408889634)
 HALF = gl.constexpr(64)
-BLOCK_Q = gl.constexpr(128)
-BLOCK_KV = gl.constexpr(128)
 
 
 @gluon.jit
@@ -32,7 +30,7 @@ def _load(desc, row, column, ring, full, empty, step, BYTES: gl.constexpr, STAGE
 
 @gluon.jit
 def _consumer(q, k8, v8_t, k_ring, v_ring, k_full, k_empty, v_full, v_empty, row_k, row_v, q_start, factor, o, shift, out_factor, seq_len,
-              stride_s, C: gl.constexpr, STAGES: gl.constexpr, LAG: gl.constexpr, HALF_INDEX: gl.constexpr):  # fmt: skip
+              stride_s, C: gl.constexpr, BLOCK_KV: gl.constexpr, STAGES: gl.constexpr, LAG: gl.constexpr, HALF_INDEX: gl.constexpr):  # fmt: skip
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_KV, 32])
     O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C, 32])
     ROWS: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
@@ -54,16 +52,16 @@ def _consumer(q, k8, v8_t, k_ring, v_ring, k_full, k_empty, v_full, v_empty, row
     s = warpgroup_mma(q, k_ring.index(0).permute((1, 0)), zeros, use_acc=False, is_async=True)
     s = warpgroup_mma_wait(0, [s])
     mbarrier.arrive(k_empty.index(0), count=1)
-    queries = HALF_INDEX * HALF + gl.arange(0, HALF, ROWS)
+    queries = q_start % BLOCK_KV + HALF_INDEX * HALF + gl.arange(0, HALF, ROWS)
     keys = gl.arange(0, BLOCK_KV, gl.SliceLayout(0, S_LAYOUT))
     s = gl.where(gl.expand_dims(queries, 1) >= gl.expand_dims(keys, 0), s, float("-inf"))
     m = gl.max(s, 1) * factor
     p = exp2(s * factor - gl.expand_dims(m - 8.0, 1))
     l = gl.sum(p, 1)  # noqa: E741
-    p8 = left_operand(p.to(gl.float8e4nv), LEFT)
     for step in range(1, count):
         stage = step % STAGES
         before = (step - 1) % STAGES
+        p8 = left_operand(p.to(gl.float8e4nv), LEFT)  # here, not below: bytes carried around a loop take a register each
         mbarrier.wait(k_full.index(stage), step // STAGES & 1)
         s = warpgroup_mma(q, k_ring.index(stage).permute((1, 0)), zeros, use_acc=False, is_async=True)
         mbarrier.wait(v_full.index(before), (step - 1) // STAGES & 1)
@@ -83,7 +81,7 @@ def _consumer(q, k8, v8_t, k_ring, v_ring, k_full, k_empty, v_full, v_empty, row
         acc, p = warpgroup_mma_wait(0, [acc, p])
         mbarrier.arrive(v_empty.index(before), count=1)
         acc = acc * gl.expand_dims(gl.convert_layout(alpha, O_ROWS), 1)
-        p8 = left_operand(p.to(gl.float8e4nv), LEFT)
+    p8 = left_operand(p.to(gl.float8e4nv), LEFT)
     last = (count - 1) % STAGES
     mbarrier.wait(v_full.index(last), (count - 1) // STAGES & 1)
     acc = warpgroup_mma(p8, v_ring.index(last).permute((1, 0)), acc, is_async=True)
@@ -99,7 +97,8 @@ def _consumer(q, k8, v8_t, k_ring, v_ring, k_full, k_empty, v_full, v_empty, row
 
 @gluon.jit
 def _forward_kernel(q8, k8, v8_t, scale_q, scale_k, scale_v, o, shift, softmax_scale, seq_len, padded_len, heads, group,
-                    stride_b, stride_h, stride_s, C: gl.constexpr, STAGES: gl.constexpr, LAG: gl.constexpr):  # fmt: skip
+                    stride_b, stride_h, stride_s, C: gl.constexpr, PARTS: gl.constexpr, BLOCK_KV: gl.constexpr, STAGES: gl.constexpr, LAG: gl.constexpr):  # fmt: skip
+    BLOCK_Q: gl.constexpr = PARTS * HALF
     q_start = (gl.num_programs(1) - 1 - gl.program_id(1)) * BLOCK_Q  # the longest rows first
     head = gl.program_id(0)
     kv_head = head // group
@@ -116,8 +115,8 @@ def _forward_kernel(q8, k8, v8_t, scale_q, scale_k, scale_v, o, shift, softmax_s
     for i in gl.static_range(STAGES):
         mbarrier.init(k_full.index(i), count=1)
         mbarrier.init(v_full.index(i), count=1)
-        mbarrier.init(k_empty.index(i), count=2)
-        mbarrier.init(v_empty.index(i), count=2)
+        mbarrier.init(k_empty.index(i), count=PARTS)
+        mbarrier.init(v_empty.index(i), count=PARTS)
     mbarrier.init(ready, count=1)
     fence_async_shared()
     mbarrier.expect(ready, BLOCK_Q * C)
@@ -125,21 +124,25 @@ def _forward_kernel(q8, k8, v8_t, scale_q, scale_k, scale_v, o, shift, softmax_s
     mbarrier.wait(ready, 0)
     o += (head // heads).to(gl.int64) * stride_b + (head % heads).to(gl.int64) * stride_h
     shift += head.to(gl.int64) * padded_len
-    gl.warp_specialize([
-        (_consumer, (q, k8, v8_t, k_ring, v_ring, k_full, k_empty, v_full, v_empty, kv_head * padded_len, kv_head * C, q_start, factor,
-                     o, shift, out_factor, seq_len, stride_s, C, STAGES, LAG, 0)),
-        (_consumer, (q, k8, v8_t, k_ring, v_ring, k_full, k_empty, v_full, v_empty, kv_head * padded_len, kv_head * C, q_start, factor,
-                     o, shift, out_factor, seq_len, stride_s, C, STAGES, LAG, 1)),
-    ], [4], [248])  # fmt: skip
+    if PARTS == 1:
+        _consumer(q, k8, v8_t, k_ring, v_ring, k_full, k_empty, v_full, v_empty, kv_head * padded_len, kv_head * C, q_start, factor,
+                 o, shift, out_factor, seq_len, stride_s, C, BLOCK_KV, STAGES, LAG, 0)  # fmt: skip
+    else:
+        gl.warp_specialize([
+            (_consumer, (q, k8, v8_t, k_ring, v_ring, k_full, k_empty, v_full, v_empty, kv_head * padded_len, kv_head * C, q_start, factor,
+                 o, shift, out_factor, seq_len, stride_s, C, BLOCK_KV, STAGES, LAG, 0)),
+            (_consumer, (q, k8, v8_t, k_ring, v_ring, k_full, k_empty, v_full, v_empty, kv_head * padded_len, kv_head * C, q_start, factor,
+                 o, shift, out_factor, seq_len, stride_s, C, BLOCK_KV, STAGES, LAG, 1)),
+        ], [4], [256])  # fmt: skip
 
 
 def launch_forward(q8, k8, v8_t, scale_q, scale_k, scale_v, o, shift, softmax_scale, config=None) -> None:
     from .attention_backward_hopper import _tiles
 
     batch, heads, length, dim = q8.shape
-    stages, lag = config or (4, 2)
-    _forward_kernel[(batch * heads, length // 128)](
-        _tiles(q8, 128, dim), _tiles(k8, 128, dim), _tiles(v8_t, dim, 128), scale_q, scale_k, scale_v,
+    parts, block_kv, stages, lag, regs = config or (2, 128, 4, 2, None)
+    _forward_kernel[(batch * heads, length // (64 * parts))](
+        _tiles(q8, 64 * parts, dim), _tiles(k8, block_kv, dim), _tiles(v8_t, dim, block_kv), scale_q, scale_k, scale_v,
         o, shift, softmax_scale, o.shape[2], length, heads, heads // k8.shape[1], *o.stride()[:3],
-        C=dim, STAGES=stages, LAG=lag, num_warps=4,
+        C=dim, PARTS=parts, BLOCK_KV=block_kv, STAGES=stages, LAG=lag, num_warps=4, maxnreg=regs,
     )  # fmt: skip
