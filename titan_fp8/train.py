@@ -66,7 +66,7 @@ class Trainer(titan.Trainer):
         processor = self.metrics_processor
         processor.unigram_entropy = unigram_entropy(job_config, self.tokenizer)
         processor.next_command = (
-            f"python tools/plot.py {job_config.job.dump_folder}   (a picture of this run)"
+            f"python tools/plot.py {os.path.normpath(job_config.job.dump_folder)}   (a picture of this run)"
         )
         processor.log_folder = _log_folder(job_config)
         if self.scaling is not None:
@@ -229,16 +229,12 @@ class Trainer(titan.Trainer):
 
     def train(self) -> None:
         super().train()
-        if dist.get_rank() != 0:
-            return
-        config = self.job_config
         if not self.started:
+            config = self.job_config
             raise UserError(
                 f"{config.job.dump_folder} holds a finished run, step {self.step} of {config.training.steps}: train on with "
                 f"--training.steps={2 * self.step}, or start anew with another --job.dump_folder"
             )
-        for line in self.metrics_processor.summary():
-            print(line, flush=True)
 
     def state_dict(self) -> dict[str, Any]:
         return super().state_dict() | {"loss_scale": self.loss_scaler.state_dict()}
@@ -255,7 +251,7 @@ def _plain(name: str) -> str:
 
 
 def _log_folder(config: Any) -> str:
-    return os.path.join(config.job.dump_folder, "logs")
+    return os.path.normpath(os.path.join(config.job.dump_folder, "logs"))
 
 
 def _log_to_file(config: Any) -> None:
@@ -282,17 +278,24 @@ def main() -> int:
         init_logger()
         _log_to_file(config)
         trainer = Trainer(config)
+        results: list[str] = []
         try:
             if config.checkpoint.create_seed_checkpoint:
                 trainer.checkpointer.save(curr_step=0, last_step=True)
             else:
                 trainer.train()
+                results = trainer.metrics_processor.summary()
         finally:
             trainer.close()
+        if dist.get_rank() == 0:
+            print(*results, sep="\n", flush=True)
         dist.destroy_process_group()
     except UserError as error:
         _report(error)
         return 2
+    except BrokenPipeError:  # --help | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     return 0
 
 

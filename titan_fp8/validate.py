@@ -51,6 +51,7 @@ class Validator(BaseValidator):
         for batch, (inputs, labels) in enumerate(self.dataloader):
             if batch == limit:
                 break
+            self.metrics_processor.ntokens_since_last_log += labels.numel()
             labels = labels.to(utils.device_type)
             with self.context(), self.amp:
                 nats = self.loss_fn(model(inputs["input"].to(utils.device_type)), labels)
