@@ -2,16 +2,19 @@
 
     x8   [B, H, L, C]    cast(x * scale), saturating; NaN stays NaN
     x8_t [B, H, C, L]    the same, transposed
-    amax []              folded into the buffer that delayed scaling reads
+    amax []              max |x|, folded into the buffer that delayed scaling reads
 
 Hopper's FP8 matrix unit wants both operands contiguous along the summed dimension. Attention sums q, k, v and dO over C in
 one GEMM and over the sequence in another, so each is needed in both layouts; here the second costs a write, no read.
 
-L is the sequence length S rounded up to PAD, and what lies beyond S is zero. So the GEMM kernels need no bounds: zero rows of
-q and dO add nothing to dK and dV, and causality hides the zero rows of k and v from all true rows of q.
+L is the sequence length S rounded up to PAD, and what lies beyond S is zero. So the GEMM kernels need no bounds: zero
+rows of q and dO add nothing to dK and dV, and causality hides the zero rows of k and v from all true rows of q.
 
-`pair_rows` stores the transposed sequence in another order: within each 16 positions 0 8 1 9 2 10 ... 7 15. A sum over the
-sequence does not mind, if both operands do it; dS leaves the backward kernel in this order (see attention_backward).
+A sum over the sequence does not mind its order, if both operands have the same. So x8_t has, within each 16 positions, the
+order in which the other operand leaves the matrix unit's registers:
+
+    quads    0 1 8 9 2 3 10 11 4 5 12 13 6 7 14 15    v, q, dO: beside P and dS as left operands
+    pairs    0 8 1 9 2 10 3 11 4 12 5 13 6 14 7 15    k: beside dS as the backward kernel stores it
 """
 
 from __future__ import annotations
@@ -19,14 +22,13 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..formats import FP8_MAX
+from ..formats import E4M3, E5M2, FP8_MAX, amax, saturating_cast
 
-CONFIG = [64, 4]
 PAD = 128  # every block length of the attention kernels divides it
 
-TL_DTYPE = {torch.float8_e4m3fn: tl.float8e4nv, torch.float8_e5m2: tl.float8e5}
+TL_DTYPE = {E4M3: tl.float8e4nv, E5M2: tl.float8e5}
 
 
 def padded(seq_len: int) -> int:
@@ -36,7 +38,10 @@ def padded(seq_len: int) -> int:
 
 @triton.jit
 def _record_amax(x, amax_bits):
-    """Fold max |x| into the float32 whose bits `amax_bits` points to. A max of bit patterns: exact in any order, and NaN wins."""
+    """Fold max |x| into the float32 whose bits `amax_bits` points to.
+
+    The maximum of bit patterns: exact in any order, so deterministic, and NaN is the largest.
+    """
     bits = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
     tl.atomic_max(amax_bits, tl.max(bits), sem="relaxed")
 
@@ -49,13 +54,13 @@ def _saturate(x, limit: tl.constexpr):
 
 @triton.jit
 def _store(y, head, start, padded_len, x8, x8_t, BLOCK: tl.constexpr, C: tl.constexpr,
-           PLAIN: tl.constexpr, TRANSPOSED: tl.constexpr, PAIR_ROWS: tl.constexpr):  # fmt: skip
+           PLAIN: tl.constexpr, TRANSPOSED: tl.constexpr, PAIRS: tl.constexpr):  # fmt: skip
     """y [BLOCK, C] float8 to both layouts."""
     rows, channels = start + tl.arange(0, BLOCK), tl.arange(0, C)
     if PLAIN:
         tl.store(x8 + (head * padded_len + rows)[:, None] * C + channels[None, :], y)
     if TRANSPOSED:
-        if PAIR_ROWS:
+        if PAIRS:
             y = y.reshape(BLOCK // 16, 2, 8, C).permute(0, 2, 1, 3).reshape(BLOCK, C)
         else:
             y = y.reshape(BLOCK // 16, 2, 4, 2, C).permute(0, 2, 1, 3, 4).reshape(BLOCK, C)
@@ -65,7 +70,7 @@ def _store(y, head, start, padded_len, x8, x8_t, BLOCK: tl.constexpr, C: tl.cons
 @triton.jit
 def _cast_kernel(x, scale, amax_bits, x8, x8_t, seq_len, padded_len, heads, stride_b, stride_h, stride_s,
                  C: tl.constexpr, BLOCK: tl.constexpr, LIMIT: tl.constexpr, DTYPE: tl.constexpr,
-                 RECORD: tl.constexpr, PLAIN: tl.constexpr, TRANSPOSED: tl.constexpr, PAIR_ROWS: tl.constexpr):  # fmt: skip
+                 RECORD: tl.constexpr, PLAIN: tl.constexpr, TRANSPOSED: tl.constexpr, PAIRS: tl.constexpr):  # fmt: skip
     start, head = tl.program_id(0) * BLOCK, tl.program_id(1).to(tl.int64)
     rows, channels = start + tl.arange(0, BLOCK), tl.arange(0, C)
     x += head // heads * stride_b + head % heads * stride_h
@@ -76,7 +81,7 @@ def _cast_kernel(x, scale, amax_bits, x8, x8_t, seq_len, padded_len, heads, stri
     if RECORD:
         _record_amax(value, amax_bits)
     y = _saturate(value * tl.load(scale), LIMIT).to(DTYPE)
-    _store(y, head, start, padded_len, x8, x8_t, BLOCK, C, PLAIN, TRANSPOSED, PAIR_ROWS)
+    _store(y, head, start, padded_len, x8, x8_t, BLOCK, C, PLAIN, TRANSPOSED, PAIRS)
 
 
 @triton.jit
@@ -104,23 +109,24 @@ def _cast_gradient_kernel(do, o, scale, scale_ds, amax_bits, x8, x8_t, delta, se
 def launch_cast(
     x: Tensor,
     scale: Tensor,
-    amax: Tensor,
+    seen: Tensor,
     dtype: torch.dtype,
     record: bool,
     plain: bool,
     transposed: bool,
-    pair_rows: bool,
+    pairs: bool,
 ) -> tuple[Tensor, Tensor]:
-    """(x8 [B, H, L, C], x8_t [B, H, C, L]); the one not asked for is empty. See `attention.attention_cast`."""
+    """(x8, x8_t): see `attention.attention_cast`."""
+    x = x if x.stride(-1) == 1 else x.contiguous()
     batch, heads, seq_len, dim = x.shape
     length = padded(seq_len)
     x8 = x.new_empty((batch, heads, length, dim) if plain else 0, dtype=dtype)
     x8_t = x.new_empty((batch, heads, dim, length) if transposed else 0, dtype=dtype)
-    block = CONFIG[0]
+    block = 64
     _cast_kernel[(length // block, batch * heads)](
-        x, scale, amax.view(torch.int32), x8, x8_t, seq_len, length, heads, *x.stride()[:3],
+        x, scale, seen.view(torch.int32), x8, x8_t, seq_len, length, heads, *x.stride()[:3],
         C=dim, BLOCK=block, LIMIT=FP8_MAX[dtype], DTYPE=TL_DTYPE[dtype],
-        RECORD=record, PLAIN=plain, TRANSPOSED=transposed, PAIR_ROWS=pair_rows, num_warps=CONFIG[1],
+        RECORD=record, PLAIN=plain, TRANSPOSED=transposed, PAIRS=pairs, num_warps=4,  # type: ignore
     )  # fmt: skip
     return x8, x8_t
 
@@ -130,21 +136,72 @@ def launch_cast_gradient(
     o: Tensor,
     scale: Tensor,
     scale_ds: Tensor,
-    amax: Tensor,
+    seen: Tensor,
     dtype: torch.dtype,
     record: bool,
     p_scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(do8 [B, H, L, C], do8_t [B, H, C, L], delta [B, H, L]). See `attention.attention_cast_gradient`."""
+    """(do8, do8_t, delta): see `attention.attention_cast_gradient`."""
+    do, o = (t if t.stride(-1) == 1 else t.contiguous() for t in (do, o))
     batch, heads, seq_len, dim = do.shape
     length = padded(seq_len)
     do8 = do.new_empty((batch, heads, length, dim), dtype=dtype)
     do8_t = do.new_empty((batch, heads, dim, length), dtype=dtype)
     delta = do.new_empty((batch, heads, length), dtype=torch.float32)
-    block = CONFIG[0]
+    block = 64
     _cast_gradient_kernel[(length // block, batch * heads)](
-        do, o, scale, scale_ds, amax.view(torch.int32), do8, do8_t, delta, seq_len, length, heads,
+        do, o, scale, scale_ds, seen.view(torch.int32), do8, do8_t, delta, seq_len, length, heads,
         *do.stride()[:3], *o.stride()[:3],
-        C=dim, BLOCK=block, LIMIT=FP8_MAX[dtype], DTYPE=TL_DTYPE[dtype], RECORD=record, P_SCALE=p_scale, num_warps=CONFIG[1],
+        C=dim, BLOCK=block, LIMIT=FP8_MAX[dtype], DTYPE=TL_DTYPE[dtype], RECORD=record, P_SCALE=p_scale, num_warps=4,  # type: ignore
     )  # fmt: skip
     return do8, do8_t, delta
+
+
+_QUADS = torch.arange(16).view(2, 4, 2).transpose(0, 1).flatten()
+_PAIRS = torch.arange(16).view(2, 8).transpose(0, 1).flatten()
+
+
+def reorder(x: Tensor, pairs: bool) -> Tensor:
+    """x [..., L] with its last dimension in `pairs` or `quads` order."""
+    order = (_PAIRS if pairs else _QUADS).to(x.device)
+    return x.unflatten(-1, (-1, 16))[..., order].flatten(-2)
+
+
+def unquad(x: Tensor) -> Tensor:
+    """x [..., L] in `quads` order -> in plain order."""
+    return x.unflatten(-1, (-1, 16))[..., _QUADS.argsort().to(x.device)].flatten(-2)
+
+
+def cast_reference(
+    x: Tensor,
+    scale: Tensor,
+    seen: Tensor,
+    dtype: torch.dtype,
+    record: bool,
+    plain: bool,
+    transposed: bool,
+    pairs: bool,
+) -> tuple[Tensor, Tensor]:
+    """`launch_cast` in plain PyTorch."""
+    if record:
+        seen.copy_(torch.maximum(seen, amax(x)))
+    rows = nn.functional.pad(x.float(), (0, 0, 0, padded(x.shape[2]) - x.shape[2]))
+    y = saturating_cast(rows, scale, dtype)
+    y_t = reorder(y.float().mT, pairs).to(dtype)
+    return (y.contiguous() if plain else y.new_empty(0)), (y_t.contiguous() if transposed else y.new_empty(0))
+
+
+def cast_gradient_reference(
+    do: Tensor,
+    o: Tensor,
+    scale: Tensor,
+    scale_ds: Tensor,
+    seen: Tensor,
+    dtype: torch.dtype,
+    record: bool,
+    p_scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`launch_cast_gradient` in plain PyTorch."""
+    do8, do8_t = cast_reference(do, scale, seen, dtype, record, True, True, False)
+    delta = (do.float() * o.float()).sum(-1) * (scale_ds / p_scale)
+    return do8, do8_t, nn.functional.pad(delta, (0, do8.shape[2] - do.shape[2]))
