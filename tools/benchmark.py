@@ -91,7 +91,8 @@ def build_stock(shape: Shape, seq_len: int, recipe: str) -> nn.Module:
     # torchtitan computes the hidden size as round_up(2/3 * 4 dim * multiplier, multiple_of).
     args = TransformerModelArgs(
         dim=ours.dim, n_layers=ours.n_layers, n_heads=ours.n_heads, n_kv_heads=ours.n_kv_heads, vocab_size=ours.vocab_size,
-        ffn_dim_multiplier=ours.ffn_dim / (8 * ours.dim / 3) , multiple_of=256, rope_theta=ours.rope_theta, max_seq_len=seq_len,
+        ffn_dim_multiplier=ours.ffn_dim / (8 * ours.dim / 3), multiple_of=256, rope_theta=ours.rope_theta,
+        max_seq_len=seq_len,
     )  # fmt: skip
     with torch.device("meta"):
         model = Transformer(args).to(torch.bfloat16)
@@ -261,7 +262,7 @@ def main() -> int:
     torch.manual_seed(0)
     shape = SHAPES[options.model]
     batch = options.batch or shape.batch
-    # Zipf-like tokens: uniform ones would leave nothing to learn, and a benchmark of a model that cannot learn proves little.
+    # Zipf-like tokens: uniform ones would leave nothing to learn, and the speed of a model that cannot learn says little.
     weights = 1.0 / torch.arange(1, shape.vocab + 1, device="cuda")
     tokens = [
         torch.multinomial(weights, batch * (options.seq_len + 1), replacement=True).view(batch, -1)
@@ -310,9 +311,8 @@ def main() -> int:
         "model": options.model, "layers": shape.layers, "seq_len": options.seq_len, "batch": batch, "vocab": shape.vocab,
         "gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "gemm_tflops": rates, "rows": rows,
     }  # fmt: skip
-    print(
-        f"\n{options.model}, {shape.layers} layers, batch {batch}, seq {options.seq_len}, {result['gpu']}, torch {result['torch']}"
-    )
+    print(f"\n{options.model}, {shape.layers} layers, batch {batch}, seq {options.seq_len}", end=", ")
+    print(f"{result['gpu']}, torch {result['torch']}")
     print(f"GEMM rates: bf16 {rates['bf16']:.0f}, fp8 {rates['fp8']:.0f} TFLOP/s; ratio to {names[0]}")
     for row in rows:
         print(
