@@ -101,6 +101,12 @@ class Fp8:
     attention: Literal["off", "forward", "full"] = "off"
     """FP8 for the two GEMMs of attention forward, or also for its backward; needs recipe "delayed"."""
 
+    attention_backend: Literal["reference", "triton"] = "reference"
+    """reference: plain PyTorch; triton: Hopper kernels, needs attention "full". New: not yet run whole on a GPU."""
+
+    attention_gradients: Literal["e5m2", "e4m3"] = "e5m2"
+    """Format of dO and dS in FP8 attention: range (e5m2, the papers') or a third less error (e4m3)."""
+
     filter: list[str] = field(default_factory=lambda: ["layers.*"])
     """Globs of linear modules to convert; "!pattern" takes names out. One matching nothing is an error."""
 
@@ -564,6 +570,12 @@ def _broken_rules(c: Any) -> Iterator[tuple[str, str, str]]:
             f'needs recipe "delayed", not "{fp8.recipe}"',
             'set it to "off" or change recipe',
         )
+    if fp8.attention_backend == "triton" and fp8.attention != "full":
+        yield (
+            "fp8.attention_backend",
+            f'"triton" needs attention "full", not "{fp8.attention}"',
+            'set attention to "full", or write "reference"',
+        )
     if not fp8.filter and fp8.recipe != "bf16":
         yield (
             "fp8.filter",
@@ -572,9 +584,13 @@ def _broken_rules(c: Any) -> Iterator[tuple[str, str, str]]:
         )
     if scale.enable and fp8.recipe == "bf16":
         yield "fp8.loss_scale.enable", 'needs recipe "delayed" or "tensorwise", not "bf16"', "set it to false"
-    if scale.enable and c.optimizer.implementation != "fused":
-        rule = f'needs [optimizer] implementation "fused", not "{c.optimizer.implementation}"'
-        yield "fp8.loss_scale.enable", rule, 'set implementation = "fused"'
+    if c.optimizer.implementation != "fused":
+        # The others cannot be told on the device to leave the weights alone when gradients are not finite.
+        yield (
+            "optimizer.implementation",
+            'must be "fused" (it skips bad steps on the device)',
+            'write "fused"',
+        )
     if not scale.min <= scale.init <= scale.max:
         rule = f"must lie between min ({scale.min:g}) and max ({scale.max:g})"
         yield "fp8.loss_scale.init", rule, "move init, min or max"

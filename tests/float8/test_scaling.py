@@ -22,7 +22,7 @@ class Setup(NamedTuple):
 
 
 def setup(**recipe) -> Setup:
-    x, dy = TensorScale(E4M3), TensorScale(E5M2)
+    x, dy = TensorScale(E4M3), TensorScale(E5M2, gradient=True)
     state = DelayedScaling({"layer.x": x, "layer.dy": dy}, Recipe(**recipe))
     state.init_weights()
     return Setup(state, x, dy)

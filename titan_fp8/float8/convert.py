@@ -21,6 +21,7 @@ from titan_fp8.config import Fp8
 from titan_fp8.errors import UserError
 
 from .attention import Float8Attention
+from .formats import E4M3, E5M2
 from .linear import Float8Linear
 from .scaling import DelayedScaling, Recipe, TensorScale
 
@@ -103,7 +104,13 @@ def _convert_delayed(model: nn.Module, linears: dict[str, nn.Linear], fp8: Fp8) 
             if name.endswith("inner_attention"):
                 device = next(model.parameters()).device
                 with device:
-                    attention = Float8Attention(module.softmax_scale, recipe, fp8.attention == "full")
+                    attention = Float8Attention(
+                        module.softmax_scale,
+                        recipe,
+                        fp8_backward=fp8.attention == "full",
+                        grad_dtype={"e5m2": E5M2, "e4m3": E4M3}[fp8.attention_gradients],
+                        fused=fp8.attention_backend == "triton",
+                    )
                 model.set_submodule(name, attention)
     slots: dict[str, TensorScale] = {}
     for name, module in model.named_modules():

@@ -73,7 +73,7 @@ class Float8Linear(nn.Linear):
         new.recipe = recipe
         with linear.weight.device:
             new.x = TensorScale(E4M3)
-            new.dy = TensorScale(E5M2)
+            new.dy = TensorScale(E5M2, gradient=True)
         return new
 
     def slots(self) -> dict[str, TensorScale]:

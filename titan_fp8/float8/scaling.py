@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .formats import E5M2, FP8_MAX, amax, saturating_cast, scale_from_amax, short_name
+from .formats import FP8_MAX, amax, saturating_cast, scale_from_amax, short_name
 
 
 class CastRule(NamedTuple):
@@ -57,9 +57,10 @@ class TensorScale(nn.Module):
     scale: Tensor
     amax: Tensor
 
-    def __init__(self, dtype: torch.dtype):
+    def __init__(self, dtype: torch.dtype, gradient: bool = False):
         super().__init__()
         self.dtype = dtype
+        self.gradient = gradient  # its size goes with the loss scale
         self.register_buffer("scale", torch.ones((), dtype=torch.float32), persistent=False)
         self.register_buffer("amax", torch.zeros((), dtype=torch.float32), persistent=False)
 
@@ -129,7 +130,7 @@ class DelayedScaling(nn.Module):
             buffer.zero_()
         self.scale.fill_(1.0)
         self.fp8_max.copy_(torch.tensor([FP8_MAX[slot.dtype] for slot in self.slots], dtype=torch.float32))
-        self.is_gradient.copy_(torch.tensor([slot.dtype == E5M2 for slot in self.slots]))
+        self.is_gradient.copy_(torch.tensor([slot.gradient for slot in self.slots]))
         self.refresh()
 
     def refresh(self) -> None:

@@ -22,7 +22,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..formats import E4M3, E5M2, FP8_MAX, amax, saturating_cast
 
@@ -185,7 +185,7 @@ def cast_reference(
     """`launch_cast` in plain PyTorch."""
     if record:
         seen.copy_(torch.maximum(seen, amax(x)))
-    rows = nn.functional.pad(x.float(), (0, 0, 0, padded(x.shape[2]) - x.shape[2]))
+    rows = torch.nn.functional.pad(x.float(), (0, 0, 0, padded(x.shape[2]) - x.shape[2]))
     y = saturating_cast(rows, scale, dtype)
     y_t = reorder(y.float().mT, pairs).to(dtype)
     return (y.contiguous() if plain else y.new_empty(0)), (y_t.contiguous() if transposed else y.new_empty(0))
@@ -204,4 +204,4 @@ def cast_gradient_reference(
     """`launch_cast_gradient` in plain PyTorch."""
     do8, do8_t = cast_reference(do, scale, seen, dtype, record, True, True, False)
     delta = (do.float() * o.float()).sum(-1) * (scale_ds / p_scale)
-    return do8, do8_t, nn.functional.pad(delta, (0, do8.shape[2] - do.shape[2]))
+    return do8, do8_t, torch.nn.functional.pad(delta, (0, do8.shape[2] - do.shape[2]))
