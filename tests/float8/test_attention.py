@@ -289,6 +289,7 @@ def test_the_recipe_is_shown():
 @pytest.mark.parametrize("kv_heads", [1, 4])
 def test_the_kernels_operators_compute_the_reference(grad_dtype, kv_heads):
     """Three steps, the calibrating one included: outputs, gradients, amaxes and scales (here: the operators' CPU forms)."""
+    torch._dynamo.reset()  # other tests' graphs of the same code count toward its limit
 
     def run(fused: bool, compiled: bool = False) -> list[Tensor]:
         layer = Float8Attention(0.088, Recipe(history=4), True, grad_dtype, fused)
@@ -307,8 +308,8 @@ def test_the_kernels_operators_compute_the_reference(grad_dtype, kv_heads):
     for one, other in zip(fused, reference, strict=True):
         error = (one.double() - other.double()).norm() / other.double().norm()
         # A float32 sum in another order may put a value on the other side of an FP8 tie: E5M2 then moves it by 1/4, and one
-        # in 10^4 of dS doing so is 0.25 / 100 = 2.5e-3 of its norm. Twice that is allowed.
-        assert error < 5e-3, error
+        # in 10^5 of dS doing so is 0.25 / 316 = 8e-4 of its norm. Measured: 2.6e-4.
+        assert error < 1e-3
     assert all(torch.equal(one, other) for one, other in zip(compiled, fused, strict=True))
 
 
