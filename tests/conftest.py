@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 
 # Tests are small: threads that wait for each other cost more than they save. Read when torch is imported.
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from helpers import refusal
 from torch import nn
 from torch.distributed.checkpoint import filesystem
 
@@ -97,17 +98,6 @@ def place(tmp_path: Path) -> Path:
 
 def same(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
     return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
-
-
-def refusal(call, *words: str) -> str:
-    """The one-line UserError of `call`, which must contain all `words`."""
-    with pytest.raises(UserError) as caught:
-        call()
-    message = str(caught.value)
-    assert "\n" not in message
-    for word in words:
-        assert word in message
-    return message
 
 
 @pytest.mark.parametrize("mode", ["disabled", "async"])

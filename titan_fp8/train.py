@@ -64,7 +64,8 @@ class Trainer(titan.Trainer):
             base_folder=job_config.job.dump_folder,
         )
         processor = self.metrics_processor
-        processor.unigram_entropy = unigram_entropy(job_config, self.tokenizer)
+        if dist.get_rank() == 0:  # it reads millions of tokens, and only rank 0 shows it
+            processor.unigram_entropy = unigram_entropy(job_config, self.tokenizer)
         processor.next_command = (
             f"python tools/plot.py {os.path.normpath(job_config.job.dump_folder)}   (a picture of this run)"
         )
@@ -123,18 +124,18 @@ class Trainer(titan.Trainer):
         self._clip(grads, grad_norm, scale)
         self.checkpointer.maybe_wait_for_staging()
         for optimizer in self.optimizers:
-            optimizer.found_inf = (
-                overflow.float()
-            )  # fused AdamW does nothing where this is 1, without a host sync
+            # Where this is 1 fused AdamW does nothing, without a host sync.
+            optimizer.found_inf = overflow.float()
         if self.scaling is not None:
             self.scaling.skipped = overflow
         self.optimizers.step()
         self.lr_schedulers.step()
 
-        # Where the loss scale can still fall, an overflow is its business; elsewhere it is a bad step.
-        loss_is_bad = self._anywhere(~loss.isfinite())
         backs_off = self.job_config.fp8.loss_scale.enable
-        bad = overflow & (loss_is_bad | self.loss_scaler.at_minimum()) if backs_off else overflow
+        bad = overflow
+        if backs_off:
+            # Where the loss scale can still fall, an overflow is its business; elsewhere it is a bad step.
+            bad = overflow & (self._anywhere(~loss.isfinite()) | self.loss_scaler.at_minimum())
         self.watch.record(self.step, bad, loss, norms)
         ratio = self.loss_scaler.update(overflow)
         if backs_off and self.scaling is not None:
@@ -197,12 +198,12 @@ class Trainer(titan.Trainer):
             "n_tokens_seen": seen,
             "lr": lr,
             "bits_per_byte": average * int(tokens) / math.log(2) / max(int(text_bytes), 1),
-            "skipped_steps": int(self.watch.total) + int(self.loss_scaler.skipped),
+            "skipped_steps": int(self.watch.total),
             "nonfinite_steps": int(self.watch.total),
         }
         if self.job_config.fp8.loss_scale.enable:
             extra["loss_scale"] = float(self.loss_scaler.scale)
-            extra["skipped_steps"] = int(self.loss_scaler.skipped)
+            extra["skipped_steps"] = int(self.loss_scaler.skipped)  # bad steps are among them
         self.metrics_processor.log(self.step, average, largest, float(grad_norm), extra_metrics=extra)
 
     def _stop_if_bad(self) -> None:

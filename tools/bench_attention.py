@@ -23,7 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from titan_fp8.errors import UserError
-from titan_fp8.float8.formats import E4M3, E5M2, FP8_MAX, amax
+from titan_fp8.float8.formats import BY_NAME, E4M3, FP8_MAX, amax
 from titan_fp8.float8.kernels import attention as ops
 from titan_fp8.float8.kernels.attention_forward import require_hopper
 
@@ -142,7 +142,7 @@ def main() -> int:
     parser.add_argument(
         "--shape", action="append", help="batch,sequence,heads,kv heads,head dim; repeat for more"
     )
-    parser.add_argument("--dtype", choices=["e4m3", "e5m2"], default="e4m3", help="of dO and dS")
+    parser.add_argument("--dtype", choices=list(BY_NAME), default="e4m3", help="of dO and dS")
     parser.add_argument("--json", type=Path, help="write the numbers here too")
     options = parser.parse_args()
     try:
@@ -156,7 +156,7 @@ def main() -> int:
                 raise UserError(
                     f'--shape must be five positive whole numbers, got "{text}": write {SHAPES[1]}'
                 )
-            rows[text] = measure(shape, {"e4m3": E4M3, "e5m2": E5M2}[options.dtype])
+            rows[text] = measure(shape, BY_NAME[options.dtype])
             torch.cuda.empty_cache()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -6,7 +6,7 @@ Nothing here uses torch's float8 conversions: that is what the tests compare aga
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -81,15 +81,6 @@ def fp8() -> SimpleNamespace:
         decode=decode, positive_values=positive_values, encode=encode, rounded=rounded, scale_for=scale_for,
         codes=codes, relative=relative,
     )  # fmt: skip
-
-
-@pytest.fixture(scope="package", autouse=True)
-def one_thread() -> Iterator[None]:
-    """These tensors are tiny: on a busy machine two threads that wait for each other take 30 times as long as one."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

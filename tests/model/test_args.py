@@ -6,11 +6,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers import refusal
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from titan_fp8.config import Architecture
-from titan_fp8.errors import UserError
 from titan_fp8.model.args import FLAVORS
 from titan_fp8.model.decoder import Decoder
 
@@ -24,15 +24,6 @@ def shaped(flavor: str, **knobs):
 def parameters(args) -> int:
     with torch.device("meta"):
         return sum(p.numel() for p in Decoder(args).parameters())
-
-
-def refusal(call, *words: str) -> None:
-    with pytest.raises(UserError) as caught:
-        call()
-    message = str(caught.value)
-    assert "\n" not in message
-    for word in words:
-        assert word in message, message
 
 
 @pytest.mark.parametrize(

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import refusal
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from titan_fp8.checkpoint import SafeCheckpointManager
 from titan_fp8.config import Fp8
-from titan_fp8.errors import UserError
 from titan_fp8.model.hf import LlamaAdapter
 
 transformers = pytest.importorskip("transformers", reason="needs transformers: pip install -e .[dev]")
@@ -73,15 +73,6 @@ def llama(make_args, make_model):
         return LlamaAdapter(args, None), make_model(args, seed=5, fp8=fp8).eval()
 
     return build
-
-
-def refusal(call, *words: str) -> None:
-    with pytest.raises(UserError) as caught:
-        call()
-    message = str(caught.value)
-    assert "\n" not in message
-    for word in words:
-        assert word in message, message
 
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:

@@ -21,7 +21,7 @@ from titan_fp8.config import Fp8
 from titan_fp8.errors import UserError
 
 from .attention import Float8Attention
-from .formats import E4M3, E5M2
+from .formats import BY_NAME
 from .linear import Float8Linear
 from .scaling import DelayedScaling, Recipe, TensorScale
 
@@ -97,18 +97,18 @@ def _convert_tensorwise(model: nn.Module, names: set[str]) -> None:
 
 def _convert_delayed(model: nn.Module, linears: dict[str, nn.Linear], fp8: Fp8) -> None:
     recipe = Recipe(fp8.amax_history, fp8.margin, fp8.power_of_two_scales)
+    device = next(model.parameters()).device
     for name, linear in linears.items():
         model.set_submodule(name, Float8Linear.from_linear(linear, recipe))
     if fp8.attention != "off":
         for name, module in list(model.named_modules()):
             if name.endswith("inner_attention"):
-                device = next(model.parameters()).device
                 with device:
                     attention = Float8Attention(
                         module.softmax_scale,
                         recipe,
                         fp8_backward=fp8.attention == "full",
-                        grad_dtype={"e5m2": E5M2, "e4m3": E4M3}[fp8.attention_gradients],
+                        grad_dtype=BY_NAME[fp8.attention_gradients],
                         fused=fp8.attention_backend == "triton",
                     )
                 model.set_submodule(name, attention)
@@ -116,7 +116,7 @@ def _convert_delayed(model: nn.Module, linears: dict[str, nn.Linear], fp8: Fp8) 
     for name, module in model.named_modules():
         if isinstance(module, Float8Linear | Float8Attention):
             slots |= {f"{name}.{tensor}": slot for tensor, slot in module.slots().items()}
-    with next(model.parameters()).device:
+    with device:
         model.add_module(STATE, DelayedScaling(slots, recipe))
 
 

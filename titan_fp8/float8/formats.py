@@ -27,9 +27,12 @@ _MIN_SCALE, _MAX_SCALE = 2.0**-126, 2.0**126
 _EXPONENT_MASK = -(1 << 23)  # 0xff800000 as int32: keeps sign and exponent of a float32
 
 
+BY_NAME = {"e4m3": E4M3, "e5m2": E5M2}
+
+
 def short_name(dtype: torch.dtype) -> str:
     """`e4m3` or `e5m2`."""
-    return {E4M3: "e4m3", E5M2: "e5m2"}[dtype]
+    return next(name for name, known in BY_NAME.items() if known == dtype)
 
 
 def is_fp8(dtype: torch.dtype) -> bool:
@@ -39,6 +42,11 @@ def is_fp8(dtype: torch.dtype) -> bool:
 def amax(x: Tensor) -> Tensor:
     """Largest magnitude of x, as a 0-dim float32 tensor. NaN if x holds a NaN, inf if it holds an inf."""
     return x.detach().abs().amax().float()
+
+
+def fold_amax(seen: Tensor, x: Tensor) -> None:
+    """Raise `seen` (0-dim float32, in place) to the amax of x. NaN in either stays: torch.maximum keeps it."""
+    seen.copy_(torch.maximum(seen, amax(x)))
 
 
 def scale_from_amax(

@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .formats import FP8_MAX, amax, saturating_cast, scale_from_amax, short_name
+from .formats import FP8_MAX, amax, fold_amax, saturating_cast, scale_from_amax, short_name
 
 
 class CastRule(NamedTuple):
@@ -80,11 +80,11 @@ def quantize(
 ) -> tuple[Tensor, Tensor]:
     """(q, scale used): x cast to FP8 with the delayed `scale`, its amax folded into `seen` (both 0-dim float32).
 
-    A non-finite amax stays visible in `seen` (torch.maximum keeps NaN) until `DelayedScaling.update` counts it.
+    A non-finite amax stays visible in `seen` until `DelayedScaling.update` counts it.
     """
     scale = scale_in_use(x, scale, dtype, rule)
     if rule.record:
-        seen.copy_(torch.maximum(seen, amax(x)))
+        fold_amax(seen, x)
     return saturating_cast(x, scale, dtype), scale
 
 
@@ -121,7 +121,6 @@ class DelayedScaling(nn.Module):
         self.register_buffer("fp8_max", torch.zeros(n, dtype=torch.float32), persistent=False)
         self.register_buffer("is_gradient", torch.zeros(n, dtype=torch.bool), persistent=False)
         self.skipped: Tensor | None = None  # [] bool, set by the trainer: this step's gradients overflowed
-        self.discard_gradients: Tensor | None = None
         self.register_load_state_dict_post_hook(lambda module, _: module.refresh())  # type: ignore
 
     def init_weights(self) -> None:

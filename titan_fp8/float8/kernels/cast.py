@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
-from titan_fp8.float8.formats import FP8_MAX, amax, saturating_cast
+from titan_fp8.float8.formats import FP8_MAX, fold_amax, saturating_cast
 
 
 def reference(
@@ -23,7 +23,7 @@ def reference(
 ) -> tuple[Tensor, Tensor]:
     """(q, qt) in plain PyTorch; the one not asked for is empty. Updates `seen` in place if `record`."""
     if record:
-        seen.copy_(torch.maximum(seen, amax(x)))
+        fold_amax(seen, x)
     q = saturating_cast(x, scale, dtype)
     nothing = q.new_empty((0, 0))
     return q if straight else nothing, q.t().contiguous() if transposed else nothing
