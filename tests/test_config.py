@@ -294,8 +294,8 @@ def test_broken_combination_names_both_sources():
         ("--experimental.custom_args_module=mine", "[experimental] custom_args_module is not read"),
         ("--fp8.attention=forward --fp8.recipe=tensorwise", '[fp8] attention needs recipe "delayed"'),
         (
-            "--fp8.attention=forward --fp8.attention_backend=triton",
-            '[fp8] attention_backend "triton" needs attention "full", not "forward"',
+            "--fp8.attention=forward --fp8.attention_forward=triton",
+            '[fp8] attention_forward "triton" needs attention "full", not "forward"',
         ),
         ("--fp8.filter=", "[fp8] filter must name modules"),
         ("--fp8.loss_scale.enable --fp8.recipe=bf16", "[fp8.loss_scale] enable needs recipe"),

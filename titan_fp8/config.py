@@ -101,11 +101,17 @@ class Fp8:
     attention: Literal["off", "forward", "full"] = "off"
     """FP8 for the two GEMMs of attention forward, or also for its backward; needs recipe "delayed"."""
 
-    attention_backend: Literal["reference", "triton"] = "reference"
-    """reference: plain PyTorch; triton: Hopper kernels, needs attention "full". New: not yet run whole on a GPU."""
+    attention_forward: Literal["auto", "triton", "cudnn", "reference"] = "auto"
+    """What computes FP8 attention forward. auto: our kernels on a Hopper GPU, plain PyTorch ("reference") on CPU."""
+
+    attention_backward: Literal["auto", "triton", "reference"] = "auto"
+    """The same for backward."""
 
     attention_gradients: Literal["e5m2", "e4m3"] = "e5m2"
     """Format of dO and dS in FP8 attention: range (e5m2, the papers') or a third less error (e4m3)."""
+
+    lm_head: Literal["bf16", "fp8"] = "bf16"
+    """Precision of the LM head's three GEMMs; fp8 needs recipe "delayed"."""
 
     filter: list[str] = field(default_factory=lambda: ["layers.*"])
     """Globs of linear modules to convert; "!pattern" takes names out. One matching nothing is an error."""
@@ -120,6 +126,36 @@ class Fp8:
     """Round scales down to a power of two, so that scaling is exact."""
 
     loss_scale: LossScale = field(default_factory=LossScale)
+
+
+@dataclass
+class Fp8Adam:
+    """AdamW whose moments take one byte each. lr, betas, eps and weight_decay are those of [optimizer]."""
+
+    enable: bool = False
+    """Use it instead of torch's AdamW. A checkpoint of either kind cannot be resumed with settings of another."""
+
+    first_moment: Literal["e4m3", "e5m2", "bf16", "fp32"] = "e4m3"
+    """Format of the averaged gradient."""
+
+    second_moment: Literal["e4m3", "e5m2", "bf16", "fp32"] = "e5m2"
+    """Format of the averaged squared gradient, which needs range."""
+
+    block_size: int = 256
+    """Elements of a row that share a scale, a multiple of 16; 0: one scale per parameter, as in the paper."""
+
+    round_moments: Literal["nearest", "stochastic"] = "nearest"
+    """stochastic: without bias; needed for the second moment to fall where beta2 is above 0.99. Costs random bits."""
+
+    round_parameters: Literal["nearest", "stochastic"] = "nearest"
+    """stochastic: small updates are not lost in bf16 parameters; needs [training] dtype = "bfloat16"."""
+
+
+@dataclass
+class Optimizer:
+    """What we add to torchtitan's [optimizer]."""
+
+    fp8: Fp8Adam = field(default_factory=Fp8Adam)
 
 
 @dataclass
@@ -176,6 +212,7 @@ class JobConfig:
 
     architecture: Architecture = field(default_factory=Architecture)
     fp8: Fp8 = field(default_factory=Fp8)
+    optimizer: Optimizer = field(default_factory=Optimizer)
     data: Data = field(default_factory=Data)
     stability: Stability = field(default_factory=Stability)
     prometheus: Prometheus = field(default_factory=Prometheus)
@@ -417,6 +454,7 @@ _RANGES = {
         lr_scheduler.decay_ratio lr_scheduler.min_lr_factor activation_checkpoint.memory_budget""",
     "at least 0 and at most 0.5": "data.held_out",
     "at least 0 and at most 8": "fp8.margin",
+    "at least 0 and at most 8192": "optimizer.fp8.block_size",
     "at least 0 and at most 65535": "prometheus.port",
 }
 _RANGE_OF = {key: words for words, keys in _RANGES.items() for key in keys.split()}
@@ -570,12 +608,21 @@ def _broken_rules(c: Any) -> Iterator[tuple[str, str, str]]:
             f'needs recipe "delayed", not "{fp8.recipe}"',
             'set it to "off" or change recipe',
         )
-    if fp8.attention_backend == "triton" and fp8.attention != "full":
+    for key in ("attention_forward", "attention_backward"):
+        if getattr(fp8, key) in ("triton", "cudnn") and fp8.attention != "full":
+            yield (
+                f"fp8.{key}",
+                f'"{getattr(fp8, key)}" needs attention "full", not "{fp8.attention}"',
+                'set attention to "full", or write "auto"',
+            )
+    if (fp8.attention_forward == "reference") != (fp8.attention_backward == "reference"):
         yield (
-            "fp8.attention_backend",
-            f'"triton" needs attention "full", not "{fp8.attention}"',
-            'set attention to "full", or write "reference"',
+            "fp8.attention_backward",
+            f'must be "reference" if attention_forward is, and only then ("{fp8.attention_forward}")',
+            'write "reference" or "auto" for both',
         )
+    if fp8.lm_head == "fp8" and fp8.recipe != "delayed":
+        yield "fp8.lm_head", f'needs recipe "delayed", not "{fp8.recipe}"', 'write "bf16" or change recipe'
     if not fp8.filter and fp8.recipe != "bf16":
         yield (
             "fp8.filter",
@@ -597,6 +644,21 @@ def _broken_rules(c: Any) -> Iterator[tuple[str, str, str]]:
     if c.optimizer.early_step_in_backward:
         rule = "must be false: FP8 scales and clipping need the whole backward first"
         yield "optimizer.early_step_in_backward", rule, "leave it out"
+    moments = c.optimizer.fp8
+    if moments.block_size % 16:
+        yield "optimizer.fp8.block_size", "must be a multiple of 16, or 0", "write 256"
+    names = ["AdamW"] if moments.enable else ["Adam", "AdamW"]
+    if c.optimizer.name not in names:
+        rule = (
+            f"must be {' or '.join(names)}{' with [optimizer.fp8] enable = true' if moments.enable else ''}"
+        )
+        yield "optimizer.name", rule, 'write "AdamW"'
+    if moments.enable and c.training.enable_cpu_offload:
+        rule = "must be false with [optimizer.fp8] enable = true: its kernel runs on the GPU"
+        yield "training.enable_cpu_offload", rule, "leave it out"
+    if moments.enable and moments.round_parameters == "stochastic" and c.training.dtype != "bfloat16":
+        rule = f'"stochastic" needs [training] dtype = "bfloat16", not "{c.training.dtype}"'
+        yield "optimizer.fp8.round_parameters", rule, 'set that, or write "nearest"'
 
     supported = "use FSDP (data_parallel_shard_degree) or HSDP (data_parallel_replicate_degree too)"
     for name in ("pipeline", "context", "expert", "expert_tensor"):

@@ -5,11 +5,14 @@ This is the target of `[experimental] custom_import`; importing it is its only e
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
+import torch
+from torch import nn
 from torchtitan.components.loss import build_cross_entropy_loss
 from torchtitan.components.lr_scheduler import build_lr_schedulers
-from torchtitan.components.optimizer import build_optimizers
+from torchtitan.components.optimizer import OptimizersContainer
 from torchtitan.protocols.model_converter import register_model_converter
 from torchtitan.protocols.train_spec import TrainSpec, register_train_spec
 
@@ -21,6 +24,7 @@ from titan_fp8.model.args import FLAVORS
 from titan_fp8.model.decoder import Decoder
 from titan_fp8.model.hf import LlamaAdapter
 from titan_fp8.model.parallelize import parallelize
+from titan_fp8.optim import Fp8AdamW, adopt_plain, plain_destinations
 from titan_fp8.stability.processor import build_metrics_processor
 from titan_fp8.validate import build_validator
 
@@ -38,6 +42,45 @@ def build_tokenizer(job_config: Any) -> tokenizers.Tokenizer:
             f"it to {-(-needed // 16) * 16} or leave it out"
         )
     return tokenizer
+
+
+class Optimizers(OptimizersContainer):
+    """torchtitan's container, which also takes AdamW's bf16 or float32 moments where it keeps FP8 ones.
+
+    `prepare_to_load(names)`, names being what a checkpoint holds for the optimizer, makes the next `state_dict` ask for what
+    is there, or refuse. Without it torch's checkpointing finds names missing.
+    """
+
+    saved: Collection[str] = ()
+
+    def prepare_to_load(self, names: Collection[str]) -> None:
+        self.saved = names
+
+    def state_dict(self) -> dict[str, Any]:
+        own = super().state_dict()
+        return plain_destinations(own, self.saved) if self.saved else own
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.saved = ()
+        for optimizer in self.optimizers:
+            if isinstance(optimizer, Fp8AdamW):
+                state_dict = adopt_plain(state_dict, self.state_dict(), optimizer.block_size)
+        super().load_state_dict(state_dict)
+
+
+def build_optimizers(model_parts: list[nn.Module], config: Any, parallel_dims: Any) -> OptimizersContainer:
+    """torchtitan's TrainSpec.build_optimizers_fn; `config` is [optimizer] with our [optimizer.fp8]."""
+    settings: dict[str, Any] = {
+        "lr": config.lr,
+        "betas": (config.beta1, config.beta2),
+        "eps": config.eps,
+        "weight_decay": config.weight_decay,
+    }
+    fp8 = config.fp8
+    if not fp8.enable:
+        return Optimizers(model_parts, getattr(torch.optim, config.name), settings | {"fused": True})
+    names = ("first_moment", "second_moment", "block_size", "round_moments", "round_parameters")
+    return Optimizers(model_parts, Fp8AdamW, settings | {name: getattr(fp8, name) for name in names})
 
 
 register_train_spec(

@@ -2,7 +2,7 @@
 
 `Trainer` is torchtitan's, with a train step that decides on the device whether the optimizer may act:
 
-    forward, backward (loss * loss scale)  ->  norms of all gradients  ->  unscale and clip
+    forward, backward (loss * loss scale)  ->  norms of all gradients  ->  the optimizer unscales and clips
     norm not finite?  the optimizer's step is a no-op on the device, the loss scale backs off, the watch remembers
     FP8 scales for the next step (the converter's hook)  ->  at log steps and before checkpoints the host looks
 """
@@ -88,7 +88,8 @@ class Trainer(titan.Trainer):
         """Forward and backward of one micro-batch. Returns this rank's summed loss over the global token count."""
         with self.train_context():
             with self.maybe_enable_amp:
-                loss = self.loss_fn(self.model(input_dict["input"]), labels) / global_valid_tokens
+                # Not by torchtitan's loss_fn, which takes logits: see titan_fp8/loss.py.
+                loss = self.model(input_dict["input"], labels) / global_valid_tokens
             (loss * self.loss_scaler.scale).backward()
         return loss
 
@@ -96,6 +97,8 @@ class Trainer(titan.Trainer):
         if not self.started:
             self.started = True
             self.metrics_processor.resume(self.step - 1)
+            if self.scaling is not None:
+                self.scaling.scale_weights()  # they may have been loaded without FP8 state
         self.optimizers.zero_grad()
         lr = self.lr_schedulers.schedulers[0].get_last_lr()[0]
 
@@ -121,10 +124,13 @@ class Trainer(titan.Trainer):
         scale = self.loss_scaler.scale
         grad_norm = torch.linalg.vector_norm(norms) / scale
         overflow = ~grad_norm.isfinite()
-        self._clip(grads, grad_norm, scale)
         self.checkpointer.maybe_wait_for_staging()
+        # Undoes the loss scale and clips the norm to training.max_norm.
+        divisor = scale / (self.job_config.training.max_norm / (grad_norm + 1e-6)).clamp(max=1.0)
         for optimizer in self.optimizers:
-            # Where this is 1 fused AdamW does nothing, without a host sync.
+            # Fused AdamW divides gradients by the one as it reads them, and does nothing where the other is 1: no
+            # pass over the gradients for clipping, no host sync for skipping.
+            optimizer.grad_scale = divisor
             optimizer.found_inf = overflow.float()
         if self.scaling is not None:
             self.scaling.skipped = overflow
@@ -172,11 +178,6 @@ class Trainer(titan.Trainer):
             dist.all_reduce(squares, group=self.parallel_dims.get_mesh("fsdp").get_group())
             norms = squares.sqrt()
         return norms
-
-    def _clip(self, grads: list[torch.Tensor], grad_norm: torch.Tensor, scale: torch.Tensor) -> None:
-        """Divide all gradients by the loss scale and clip their norm to training.max_norm."""
-        factor = (self.job_config.training.max_norm / (grad_norm + 1e-6)).clamp(max=1.0) / scale
-        torch._foreach_mul_(grads, factor.to(grads[0].dtype))
 
     def _log(
         self,

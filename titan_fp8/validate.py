@@ -24,7 +24,6 @@ class Validator(BaseValidator):
         job_config: Any,
         dataloader: Any,
         token_bytes: torch.Tensor,
-        loss_fn: Any,
         context: Any,
         amp: AbstractContextManager[None],
         metrics_processor: Any,
@@ -32,7 +31,6 @@ class Validator(BaseValidator):
         super().__init__(job_config)
         self.dataloader = dataloader
         self.token_bytes = token_bytes.to(utils.device_type)
-        self.loss_fn = loss_fn
         self.context = context
         self.amp = amp
         self.metrics_processor = metrics_processor
@@ -54,7 +52,7 @@ class Validator(BaseValidator):
             self.metrics_processor.ntokens_since_last_log += labels.numel()
             labels = labels.to(utils.device_type)
             with self.context(), self.amp:
-                nats = self.loss_fn(model(inputs["input"].to(utils.device_type)), labels)
+                nats = model(inputs["input"].to(utils.device_type), labels)
             valid = labels[labels != IGNORE_INDEX]
             sums += torch.stack(
                 [nats.double(), torch.tensor(valid.numel()).to(sums), self.token_bytes[valid].sum().double()]
@@ -76,19 +74,17 @@ def build_validator(
     dp_rank: int,
     tokenizer: Any,
     parallel_dims: Any,
-    loss_fn: Any,
     validation_context: Any,
     maybe_enable_amp: AbstractContextManager[None],
     metrics_processor: Any,
-    **pipeline: Any,
+    **unused: Any,
 ) -> Validator:
-    """torchtitan's TrainSpec.build_validator_fn."""
-    del parallel_dims, pipeline
+    """torchtitan's TrainSpec.build_validator_fn. The loss is the model's own, hence no use for loss_fn."""
+    del parallel_dims, unused
     return Validator(
         job_config,
         build_validation_dataloader(dp_world_size, dp_rank, tokenizer, job_config),
         torch.from_numpy(tokenizer.token_byte_lengths()),
-        loss_fn,
         validation_context,
         maybe_enable_amp,
         metrics_processor,

@@ -291,8 +291,8 @@ def test_the_kernels_operators_compute_the_reference(grad_dtype, kv_heads):
     """Three steps, the calibrating one included: outputs, gradients, amaxes and scales (here: the operators' CPU forms)."""
     torch._dynamo.reset()  # other tests' graphs of the same code count toward its limit
 
-    def run(fused: bool, compiled: bool = False) -> list[Tensor]:
-        layer = Float8Attention(0.088, Recipe(history=4), True, grad_dtype, fused)
+    def run(backend: str, compiled: bool = False) -> list[Tensor]:
+        layer = Float8Attention(0.088, Recipe(history=4), True, grad_dtype, backend, backend)
         state = DelayedScaling(layer.slots(), layer.recipe)
         state.init_weights()
         call = torch.compile(layer, backend="aot_eager", fullgraph=True) if compiled else layer
@@ -304,7 +304,7 @@ def test_the_kernels_operators_compute_the_reference(grad_dtype, kv_heads):
             seen += [state.last_amax.clone(), state.scale.clone()]
         return seen
 
-    reference, fused, compiled = run(False), run(True), run(True, compiled=True)
+    reference, fused, compiled = run("reference"), run("triton"), run("triton", compiled=True)
     for one, other in zip(fused, reference, strict=True):
         error = (one.double() - other.double()).norm() / other.double().norm()
         # A float32 sum in another order may put a value on the other side of an FP8 tie: E5M2 then moves it by 1/4, and one
@@ -330,7 +330,7 @@ def test_e4m3_gradients_have_less_error():
 
 
 def test_the_kernels_refuse_what_they_cannot_do():
-    layer = Float8Attention(0.25, Recipe(history=2), True, fused=True)
+    layer = Float8Attention(0.25, Recipe(history=2), True, E5M2, "triton", "triton")
     DelayedScaling(layer.slots(), layer.recipe).init_weights()
     with pytest.raises(UserError, match="head_dim 64 or 128, got 16"):
         layer(*draw(0)[:3])

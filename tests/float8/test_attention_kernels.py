@@ -338,6 +338,24 @@ def compiled() -> None:
             build(attention_backward.kv_kernel, types, constants)
 
 
+def test_shards_of_batch_and_heads_are_shards_of_attention(fp8, gloo):
+    """DTensor's rules for the operators; one rank, so that it is the placements that are tested."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (1,))
+    inputs = draw(2, 4, 2, 130, 64)
+    run = run_for(fp8, *inputs)
+    expected = run(*inputs)
+    scales = {name: distribute_tensor(s, mesh, [Replicate()]) for name, s in run.scales.items()}
+    for how in (Shard(0), Shard(1), Replicate()):
+        got = Run(scales)(*(distribute_tensor(t, mesh, [how]) for t in inputs))
+        for name in ("o", "dq", "dk", "dv"):
+            assert got[name].placements == (how,) and torch.equal(got[name].full_tensor(), expected[name]), (
+                name
+            )
+
+
 # ---- On a Hopper GPU ----
 
 
@@ -396,7 +414,8 @@ def test_zeros_give_zeros_and_nan_comes_out(fp8):
         if name != "do":
             assert got["o"][0, 0, 150:].isnan().any(-1)[0] and not got["o"][0, 0, :150].isnan().any()
         assert got["dq"][0, 0, 150].isnan().any() and got["dk"].isnan().any(), name
-        assert not got["dq"][0, 0, :150].isnan().any(), name
+        # Tiles of 128: in the tile of a NaN key, dS = 0 of an earlier query times NaN is NaN, as in bf16 kernels.
+        assert not got["dq"][0, 0, : 128 if name == "k" else 150].isnan().any(), name
 
 
 @gpu

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from titan_fp8.float8.formats import E4M3, E5M2, saturating_cast
-from titan_fp8.float8.kernels.cast import cast, reference
+from titan_fp8.float8.kernels.cast import cast, cast_joined, reference
 
 
 def draw(*shape: int, dtype: torch.dtype, device: str = "cpu") -> torch.Tensor:
@@ -38,6 +38,18 @@ def test_seen_keeps_the_larger_and_nan():
     x[3, 4] = torch.nan
     q, _ = cast(x, scale, seen, E4M3, True, True, False)
     assert seen.isnan() and q.float().isnan().sum() == 1
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("rows", [(48,), (16, 33, 160)])
+def test_joined_matrices_are_casts_one_below_the_other(rows, device):
+    matrices = [draw(m, 72, dtype=torch.bfloat16, device=device) for m in rows]
+    matrices[-1][3, 5] = torch.nan
+    scale, seen = torch.tensor(100.0, device=device), torch.tensor(0.0, device=device)
+    q, qt = reference(torch.cat(matrices), scale, seen, E4M3, False, True, True)
+    for transposed, expected in ((False, q), (True, qt)):
+        got = cast_joined(matrices, scale, E4M3, transposed)
+        assert got.is_contiguous() and torch.equal(got.view(torch.uint8), expected.view(torch.uint8))
 
 
 @pytest.mark.gpu

@@ -15,7 +15,8 @@ from titan_fp8.config import Fp8
 from titan_fp8.errors import UserError
 from titan_fp8.float8.attention import Float8Attention
 from titan_fp8.float8.convert import Float8Converter, convert, scaling_state, select
-from titan_fp8.float8.linear import Float8Linear
+from titan_fp8.float8.feed_forward import Float8FeedForward
+from titan_fp8.float8.linear import Float8FanOut, Float8Linear
 from titan_fp8.model.decoder import CausalAttention, Decoder
 
 IN_A_BLOCK = (
@@ -27,9 +28,15 @@ IN_A_BLOCK = (
     "feed_forward.w2",
 )
 NAMES = [f"layers.{layer}.{name}" for layer in range(2) for name in IN_A_BLOCK] + ["output"]
+JOINED = {
+    "attention.wqkv": ("x", "w", "dy"),
+    "attention.wo": ("x", "w", "dy"),
+    "feed_forward": ("x", "up", "z", "down", "dh", "dy"),
+}
+FLOAT8 = (Float8Linear, Float8FanOut, Float8FeedForward)
 
 
-def converted(model: nn.Module, kind: type = Float8Linear) -> list[str]:
+def converted(model: nn.Module, kind: type | tuple[type, ...] = FLOAT8) -> list[str]:
     return [name for name, module in model.named_modules() if isinstance(module, kind)]
 
 
@@ -83,6 +90,21 @@ def test_a_dimension_that_is_no_multiple_of_16_is_an_error(tiny_decoder):
     )
     assert converted(model) == []
     assert convert(model, Fp8(filter=["layers.*", "!*.feed_forward.*"])) == 8
+    assert [name.split(".", 2)[2] for name in converted(model)] == ["attention.wqkv", "attention.wo"] * 2
+
+
+def test_linears_are_joined_only_if_all_of_them_are_chosen(tiny_decoder):
+    model = tiny_decoder(n_layers=1)
+    convert(model, Fp8(filter=["layers.*", "!*.wk", "!*.w2"]))
+    assert [name.split(".", 2)[2] for name in converted(model)] == [
+        "attention.wq", "attention.wv", "attention.wo", "feed_forward.w1",
+    ]  # fmt: skip
+    smooth = tiny_decoder("llama", n_layers=1)
+    smooth.layers["0"].feed_forward.activation = "smooth_swiglu"  # its scale needs a row at a time
+    convert(smooth, Fp8())
+    assert [name.split(".", 2)[2] for name in converted(smooth)][2:] == [
+        f"feed_forward.w{n}" for n in (1, 2, 3)
+    ]
 
 
 def test_bf16_converts_nothing(tiny_decoder, caplog):
@@ -90,20 +112,26 @@ def test_bf16_converts_nothing(tiny_decoder, caplog):
     before = [type(module) for module in model.modules()]
     assert convert(model, Fp8(recipe="bf16")) == 0
     assert [type(module) for module in model.modules()] == before and scaling_state(model) is None
-    assert "FP8: recipe bf16, converted 0 of 13 linears" in caplog.text
+    assert "FP8: recipe bf16, converted 0 of 12 linears" in caplog.text
+
+
+def test_the_head_is_not_the_filters_business(tiny_decoder):
+    with pytest.raises(UserError, match=r"'output' matches none.*lm_head"):
+        convert(tiny_decoder(), Fp8(filter=["layers.*", "output"]))
 
 
 def test_delayed_swaps_linears_and_keeps_their_weights(tiny_decoder, caplog):
     model = tiny_decoder()
     weights = dict(model.named_parameters())
     assert convert(model, Fp8()) == 12
-    assert converted(model) == NAMES[:-1]
-    assert "FP8: recipe delayed, attention off, converted 12 of 13 linears" in caplog.text
+    assert converted(model) == [f"layers.{layer}.{name}" for layer in range(2) for name in JOINED]
+    assert "FP8: recipe delayed, attention off, head bf16, converted 12 of 12 linears" in caplog.text
     assert type(model.output) is nn.Linear
     now = dict(model.named_parameters())
     assert list(now) == list(weights) and all(now[name] is weights[name] for name in now)
     assert "x:delayed_e4m3 w:tensorwise_e4m3 dy:delayed_e5m2" in repr(model)
-    assert scaling_state(model).names == [f"{name}.{tensor}" for name in NAMES[:-1] for tensor in ("x", "dy")]
+    slots = [f"{name}.{tensor}" for name, tensors in JOINED.items() for tensor in tensors]
+    assert scaling_state(model).names == [f"layers.{layer}.{slot}" for layer in range(2) for slot in slots]
 
 
 @pytest.mark.parametrize(
@@ -128,7 +156,7 @@ def test_checkpoints_hold_the_state_under_its_own_name(tiny_decoder):
     convert(model, Fp8(attention="full", amax_history=7))
     extra = {name: tensor.shape for name, tensor in model.state_dict().items() if name not in plain}
     per_tensor = ("scale", "last_amax", "saturation", "saturated_steps", "nonfinite_steps")
-    n = 12 * 2 + 2 * 5
+    n = 2 * 12 + 2 * 5
     expected = {"history": (7, n), "steps": ()} | dict.fromkeys(per_tensor, (n,))
     assert extra == {f"float8_state.{name}": shape for name, shape in expected.items()}
     assert plain <= set(model.state_dict())

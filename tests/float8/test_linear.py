@@ -9,7 +9,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 from titan_fp8.float8.formats import E4M3, E5M2
-from titan_fp8.float8.linear import Float8Linear
+from titan_fp8.float8.linear import Float8FanOut, Float8Linear
 from titan_fp8.float8.scaling import DelayedScaling, Recipe
 
 M, K, N = 48, 64, 32
@@ -190,7 +190,7 @@ def test_nan_and_inf_in_x_reach_the_amax():
         if bad != bad:
             assert y[5].isnan().all() and y[:5].isfinite().all() and y[6:].isfinite().all()
         state.update()
-        assert state.nonfinite_steps.tolist() == [1, 0]
+        assert state.nonfinite_steps.tolist() == [1, 0, 0]
 
 
 def test_compiled_equals_eager_bit_for_bit():
@@ -221,3 +221,51 @@ def test_weight_is_taken_over_and_the_recipe_is_shown():
     assert linear.weight is plain.weight
     assert list(linear.state_dict()) == ["weight"]
     assert "in_features=64, out_features=32, x:delayed_e4m3 w:tensorwise_e4m3 dy:delayed_e5m2" in repr(linear)
+
+
+def test_a_fan_out_is_one_linear_of_all_weights():
+    """Bit for bit what Float8Linear computes with the weights one below the other, split."""
+    torch.manual_seed(0)
+    parts = [nn.Linear(K, n, bias=False) for n in (32, 16, 48)]
+    whole = Float8Linear.from_linear(nn.Linear(K, 96, bias=False), Recipe(history=4))
+    with torch.no_grad():
+        whole.weight.copy_(torch.cat([part.weight for part in parts]))
+    fan_out = Float8FanOut(dict(zip("abc", parts, strict=True)), Recipe(history=4))
+    states = [DelayedScaling(module.slots(), module.recipe) for module in (whole, fan_out)]
+    for state in states:
+        state.init_weights()
+    for seed in (1, 2):  # calibrating, then with delayed scales
+        x, dy = draw(3, 16, K, seed=seed), draw(3, 16, 96, seed=seed + 2)
+        y, dx, dw = step(whole, x, dy)
+        x = x.requires_grad_()
+        for part in parts:
+            part.weight.grad = None
+        ys = fan_out(x, *parts)
+        assert [t.shape for t in ys] == [(3, 16, n) for n in (32, 16, 48)]
+        torch.autograd.backward(ys, dy.split((32, 16, 48), -1))
+        assert torch.equal(torch.cat(ys, -1), y) and torch.equal(x.grad, dx)
+        assert torch.equal(torch.cat([part.weight.grad for part in parts]), dw)
+        for state in states:
+            state.update()
+        assert torch.equal(states[0].history, states[1].history)
+    assert "(x): TensorScale(delayed_e4m3)" in repr(fan_out) and "a+b+c, x:delayed_e4m3" in repr(fan_out)
+
+
+def test_the_weights_scale_is_that_of_the_weight_now(fp8):
+    """After an optimizer step and `update` the next forward scales by the new weight's amax, whatever the old one was."""
+    linear, state = make(history=4, margin=2)
+    x, dy = draw(M, K, seed=1), draw(M, N, seed=2)
+    step(linear, x, dy)
+    for factor in (8.0, 1 / 64):
+        with torch.no_grad():
+            linear.weight *= factor
+        state.update()
+        assert linear.w.scale == fp8.scale_for(linear.weight, E4M3)
+        y = step(linear, x, dy)[0]
+        assert fp8.relative(y, x.double() @ linear.weight.detach().double().T) < 0.05
+        assert state.report()["w"]["saturation"] <= 1.0
+    assert int(state.saturated_steps.sum()) == 0
+    with torch.no_grad():
+        linear.weight[3, 5] = torch.nan
+    state.update()
+    assert state.report()["w"]["nonfinite_steps"] == 1.0

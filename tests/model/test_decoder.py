@@ -6,10 +6,12 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from titan_fp8.config import Fp8
 from titan_fp8.float8.convert import scaling_state
+from titan_fp8.loss import IGNORE_INDEX
 from titan_fp8.model.args import DecoderArgs
 from titan_fp8.model.decoder import (
     CausalAttention,
@@ -236,6 +238,20 @@ def test_tied_embeddings_are_one_parameter(make_args, make_model, tokens):
         model(tokens).square().mean().backward()
     assert tied.tok_embeddings.weight.grad[95].abs().sum() > 0
     assert untied.tok_embeddings.weight.grad[95].abs().sum() == 0
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_loss_is_that_of_the_logits(make_args, make_model, tokens, tied):
+    """The same GEMMs in float32, the softmax's sums in another order: agreement to a few roundings."""
+    labels = tokens.roll(-1, 1).masked_fill(tokens % 5 == 0, IGNORE_INDEX)
+    plain, ours = (make_model(make_args(tie_embeddings=tied)) for _ in range(2))
+    expected = F.cross_entropy(plain(tokens).flatten(0, 1), labels.flatten(), reduction="sum")
+    loss = ours(tokens, labels)
+    assert loss.shape == () and loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    expected.backward()
+    loss.backward()
+    for (name, p), q in zip(ours.named_parameters(), plain.parameters(), strict=True):
+        assert (p.grad - q.grad).norm() < 1e-5 * q.grad.norm(), name
 
 
 # ---- Invariants ----

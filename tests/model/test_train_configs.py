@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
 
 from titan_fp8.config import load_config
 from titan_fp8.float8.attention import Float8Attention
 from titan_fp8.float8.convert import convert, scaling_state
-from titan_fp8.float8.linear import Float8Linear
+from titan_fp8.float8.feed_forward import Float8FeedForward
+from titan_fp8.float8.linear import Float8FanOut, Float8Linear
 from titan_fp8.model.args import FLAVORS
 from titan_fp8.model.decoder import Decoder
 
@@ -46,9 +46,13 @@ def test_config_builds_with_its_fp8(path):
     every = sorted(f"layers.{i}.{name}" for i in range(args.n_layers) for name in layer)
 
     assert convert(model, config.fp8) == len(every)
-    assert sorted(n for n, m in model.named_modules() if isinstance(m, Float8Linear)) == every
-    plain = [n for n, m in model.named_modules() if type(m) is nn.Linear]
-    assert plain == ([] if args.tie_embeddings else ["output"]), "the head stays in the compute dtype"
+    kinds = (Float8Linear, Float8FanOut, Float8FeedForward)
+    joined = ["attention.wqkv", "attention.wo"]
+    joined += (
+        [f"feed_forward.w{n}" for n in (1, 2, 3)] if args.activation == "smooth_swiglu" else ["feed_forward"]
+    )
+    here = sorted(n for n, m in model.named_modules() if isinstance(m, kinds))
+    assert here == sorted(f"layers.{i}.{name}" for i in range(args.n_layers) for name in joined)
 
     # The FOG block runs with FP8 attention, forward and backward; Llama's would diverge (FOG paper, section 2).
     attention = sorted(n for n, m in model.named_modules() if isinstance(m, Float8Attention))
@@ -60,7 +64,8 @@ def test_config_builds_with_its_fp8(path):
         assert attention == []
     state = scaling_state(model)
     assert state is not None and state.history.shape[0] == config.fp8.amax_history
-    assert len(state.names) == 2 * len(every) + 5 * len(attention), "x, dy; q, k, v, do, ds"
+    tensors = 3 + 3 + (3 * 3 if args.activation == "smooth_swiglu" else 6)  # x, w, dy; x, up, z, down, dh, dy
+    assert len(state.names) == tensors * args.n_layers + 5 * len(attention), "q, k, v, do, ds"
 
     assert all(t.is_meta for t in (*model.parameters(), *model.buffers()))
     millions = sum(p.numel() for p in model.parameters()) / 1e6

@@ -11,8 +11,9 @@ Backward ("full"), with S recomputed from the same q, k (GEMM 3) and D = rowsum(
     dS = P * (dP - D)                   dQ = softmax_scale * dS_e5m2 k_e4m3      dK = softmax_scale * dS_e5m2^T q_e4m3
 
 dO and dS have delayed scales, in E5M2 or E4M3. With "forward" the backward GEMMs take the dequantised q, k, v in the compute
-dtype. Two backends compute the same function: `_Reference` in plain PyTorch, which holds all of S, and `_Kernels`, the
-fused ones of kernels/attention.py (P against a running row maximum, dS recomputed nowhere: five GEMMs backward).
+dtype. Backends compute the same function: "reference" in plain PyTorch, which holds all of S, "triton", the fused kernels of
+kernels/attention.py (P against a running row maximum, dS recomputed nowhere: five GEMMs backward), and, forward only,
+"cudnn" (kernels/attention_cudnn.py: O is rounded to E4M3). `resolve` says which one "auto" is, and why.
 
 Shapes: B batch, H query heads, K kv heads, R = H / K, S sequence, C head dim. The R query heads of a kv head are folded into
 the rows of one batched GEMM: q is [B*K, R*S, C], k and v are [B*K, S, C].
@@ -23,11 +24,62 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from titan_fp8.errors import UserError
+
 from .formats import E4M3, E5M2, FP8_MAX, saturating_cast, scale_from_amax, short_name
 from .kernels import attention as kernels
+from .kernels import attention_cudnn as cudnn
 from .kernels.attention import P_SCALE  # 256: exact in every format; P in (0, 1] fills E4M3 up to 256 of 448
+from .kernels.attention_forward import require_hopper
 from .kernels.gemm import bmm
 from .scaling import CastRule, Recipe, TensorScale, quantize, scale_in_use
+
+BACKENDS = {"forward": ("triton", "cudnn", "reference"), "backward": ("triton", "reference")}
+# "auto" on Hopper. cudnn's forward is faster, but it rounds O once more, and it needs a package: a run's numbers must not
+# depend on whether that happens to be installed. From tools/benchmark.py --attention-only, one H200, 2026-11-22, torch 2.11,
+# cuDNN 9.19: ms, H32 KV8 C128, causal. cudnn's forward holds the pass that brings O back to bfloat16; "all" is casts,
+# forward and our backward.
+#     B, S       forward triton  cudnn      backward triton  cudnn      all, forward triton  cudnn
+#     8, 2048             0.486  0.438                0.963   2.21                    1.699  1.624
+#     4, 4096             0.842  0.695                1.751   3.98                    2.838  2.608
+#     2, 8192             1.588  1.364                3.357   5.01                    5.456  4.947
+# Error against float32 at S 1024, o / dq / dk / dv in %: triton 4.6 / 6.6 / 6.5 / 5.0, with cudnn forward
+# 5.3 / 6.7 / 6.6 / 5.0, cuDNN both ways 5.3 / 7.0 / 7.0 / 5.7. Its backward is slower and writes FP8: not offered.
+AUTO = {"forward": "triton", "backward": "triton"}
+
+
+def resolve(backend: str, which: str, device: torch.device) -> str:
+    """The backend that `backend`, "auto" or a name, is for `which`, "forward" or "backward", on `device`.
+
+    "auto" is "reference" on CPU. Raises UserError if there is no such backend, or if the device or a package it needs is
+    missing. "triton" and "cudnn" on CPU are their plain-PyTorch forms: for tests.
+    """
+    if backend not in ("auto", *BACKENDS[which]):
+        names = ", ".join(("auto", *BACKENDS[which]))
+        raise UserError(f'FP8 attention has no {which} backend "{backend}": choose one of {names}')
+    if device.type == "cpu":
+        return "reference" if backend == "auto" else backend
+    if backend != "reference":
+        require_hopper(device)
+    if backend == "auto":
+        backend = AUTO[which]
+    if backend == "cudnn":
+        cudnn.library()
+    return backend
+
+
+def check_pair(forward: str, backward: str, fp8_backward: bool) -> None:
+    """Raises UserError for resolved backends that do not go together: the kernels' backward reads what a kernel kept."""
+    if (forward == "reference") != (backward == "reference"):
+        raise UserError(
+            f'FP8 attention needs backend "reference" in both directions or in none, got forward "{forward}",'
+            f' backward "{backward}": make them "reference" both, or choose backward "triton"'
+        )
+    if forward != "reference" and not fp8_backward:
+        raise UserError(
+            f'FP8 attention with backend "{forward}" needs [fp8] attention = "full", got "forward":'
+            ' write attention = "full", or backend "reference"'
+        )
 
 
 def _scores(q: Tensor, k: Tensor, factor: Tensor, seq_len: int) -> Tensor:
@@ -85,17 +137,21 @@ class _Reference(torch.autograd.Function):
 
 @torch._dynamo.allow_in_graph
 class _Kernels(torch.autograd.Function):
-    """q [B, H, S, C], k and v [B, K, S, C] bfloat16; all seven products in FP8."""
+    """q [B, H, S, C], k and v [B, K, S, C] bfloat16; all seven products in FP8. `backend` of the forward."""
 
     @staticmethod
-    def forward(ctx, q, k, v, state, softmax_scale, rule: CastRule, grad_dtype):
+    def forward(ctx, q, k, v, state, softmax_scale, rule: CastRule, grad_dtype, backend: str):
         (s_q, a_q), (s_k, a_k), (s_v, a_v), (s_do, a_do), (s_ds, a_ds) = state
         seq_len, backward = q.shape[2], any(ctx.needs_input_grad[:3])
         s_q, s_k, s_v = (scale_in_use(x, s, E4M3, rule) for x, s in ((q, s_q), (k, s_k), (v, s_v)))
         q8, q8_t = kernels.attention_cast(q, s_q, a_q, E4M3, rule.record, True, backward, False)
         k8, k8_t = kernels.attention_cast(k, s_k, a_k, E4M3, rule.record, True, backward, True)
-        v8, v8_t = kernels.attention_cast(v, s_v, a_v, E4M3, rule.record, backward, True, False)
-        o, shift = kernels.attention_forward(q8, k8, v8_t, s_q, s_k, s_v, softmax_scale, seq_len)
+        if backend == "cudnn":
+            v8, _ = kernels.attention_cast(v, s_v, a_v, E4M3, rule.record, True, False, False)
+            o, shift = cudnn.forward(q8, k8, v8, s_q, s_k, s_v, softmax_scale, seq_len)
+        else:
+            v8, v8_t = kernels.attention_cast(v, s_v, a_v, E4M3, rule.record, backward, True, False)
+            o, shift = kernels.attention_forward(q8, k8, v8_t, s_q, s_k, s_v, softmax_scale, seq_len)
         ctx.save_for_backward(q8, k8, q8_t, k8_t, v8, s_q, s_k, s_v, o, shift, s_do, s_ds)
         ctx.a_do, ctx.a_ds = a_do, a_ds
         ctx.softmax_scale, ctx.seq_len, ctx.rule, ctx.grad_dtype = softmax_scale, seq_len, rule, grad_dtype
@@ -119,13 +175,16 @@ class _Kernels(torch.autograd.Function):
             first = torch.zeros_like(s_ds)
             run(torch.ones_like(s_ds), torch.zeros_like(s_ds), first, True)
             s_ds = scale_from_amax(first, FP8_MAX[dtype], rule.margin, rule.power_of_two)
-        return *run(s_ds, ctx.a_do, ctx.a_ds, rule.record), None, None, None, None
+        return *run(s_ds, ctx.a_do, ctx.a_ds, rule.record), None, None, None, None, None
 
 
 class Float8Attention(nn.Module):
     """Drop-in for the decoder's CausalAttention. q: [B, H, S, C], k and v: [B, K, S, C] -> [B, H, S, C], in q's dtype.
 
-    `grad_dtype` is the format of dO and dS; `fused` chooses the kernels, which need `fp8_backward` and a Hopper GPU.
+    `grad_dtype` is the format of dO and dS. The backends are names that `resolve` returned: both "reference", or
+    "triton" or "cudnn" forward and "triton" backward, which need `fp8_backward`.
+
+    Raises UserError for backends that do not go together.
     """
 
     def __init__(
@@ -134,15 +193,17 @@ class Float8Attention(nn.Module):
         recipe: Recipe,
         fp8_backward: bool,
         grad_dtype: torch.dtype = E5M2,
-        fused: bool = False,
+        forward_backend: str = "reference",
+        backward_backend: str = "reference",
     ):
         super().__init__()
-        assert fp8_backward or not fused
+        check_pair(forward_backend, backward_backend, fp8_backward)
         self.softmax_scale = softmax_scale
         self.recipe = recipe
         self.fp8_backward = fp8_backward
         self.grad_dtype = grad_dtype
-        self.fused = fused
+        self.forward_backend = forward_backend
+        self.backward_backend = backward_backend
         self.q = TensorScale(E4M3)
         self.k = TensorScale(E4M3)
         self.v = TensorScale(E4M3)
@@ -156,9 +217,11 @@ class Float8Attention(nn.Module):
     def forward(self, q_BHSC: Tensor, k_BKSC: Tensor, v_BKSC: Tensor) -> Tensor:
         state = tuple((slot.scale, slot.amax) for slot in (self.q, self.k, self.v, self.do, self.ds))
         rule = self.recipe.rule(record=self.training)
-        if self.fused:
+        if self.forward_backend != "reference":
             kernels.check_operands(q_BHSC, k_BKSC, v_BKSC)
-            return _Kernels.apply(q_BHSC, k_BKSC, v_BKSC, state, self.softmax_scale, rule, self.grad_dtype)
+            return _Kernels.apply(
+                q_BHSC, k_BKSC, v_BKSC, state, self.softmax_scale, rule, self.grad_dtype, self.forward_backend
+            )  # fmt: skip
         batch, heads, seq_len, dim = q_BHSC.shape
         groups = k_BKSC.shape[1]
         q = q_BHSC.reshape(batch * groups, heads // groups * seq_len, dim)
@@ -170,5 +233,5 @@ class Float8Attention(nn.Module):
     def extra_repr(self) -> str:
         form = f"delayed_{short_name(self.grad_dtype)}"
         backward = f"do:{form} ds:{form}" if self.fp8_backward else "backward:compute_dtype"
-        backend = "triton" if self.fused else "reference"
-        return f"softmax_scale={self.softmax_scale:.4g}, qkv:delayed_e4m3 p:fixed_e4m3 {backward}, backend={backend}"
+        backends = f"forward={self.forward_backend} backward={self.backward_backend}"
+        return f"softmax_scale={self.softmax_scale:.4g}, qkv:delayed_e4m3 p:fixed_e4m3 {backward}, {backends}"

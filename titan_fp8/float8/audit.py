@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import addmm_flop, flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from .formats import is_fp8
 
@@ -40,6 +40,8 @@ def _flops(func: Any, args: tuple, kwargs: dict, out: Any) -> int | None:
         return sdpa_flop_count(*(t.shape for t in args[:3]))
     if packet is _CPU_FLASH_BACKWARD:
         return sdpa_backward_flop_count(*(t.shape for t in args[:4]))
+    if packet is torch.ops.aten.addmm:  # the registered formula does not take the overload with an out_dtype
+        return addmm_flop(*(t.shape for t in args[:3]))
     formula = flop_registry.get(packet)
     return None if formula is None else formula(*args, **kwargs, out_val=out)
 
@@ -48,7 +50,8 @@ class GemmAudit(TorchDispatchMode):
     """Context manager around forward and backward of `model`; afterwards `gemms` lists the calls in order.
 
     In forward the module is the innermost one running. In backward it is the module whose forward made the autograd node
-    that is running: when a module returns, the nodes between its output and its inputs are tagged with its name.
+    that is running: when a module returns, the nodes between its output and its inputs are tagged with its name. The phase
+    is when a GEMM ran: those for the head's gradients run with the loss, in forward (titan_fp8/loss.py).
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -115,10 +118,9 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def audit_step(model: nn.Module, tokens: Tensor) -> list[Gemm]:
-    """Run one forward and backward of the model on tokens [B, S] and list its GEMMs. Gradients are left on the model."""
+    """List the GEMMs of model(tokens, labels), a loss, and its backward; tokens [B, S]. Gradients are left on the model."""
     with GemmAudit(model) as audit:
-        logits = model(tokens)
-        nn.functional.cross_entropy(logits.flatten(0, 1).float(), tokens.flatten()).backward()
+        model(tokens, tokens).backward()
     return audit.gemms
 
 

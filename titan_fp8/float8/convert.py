@@ -2,7 +2,8 @@
 
     bf16        nothing is swapped
     tensorwise  torchao's Float8Linear: every tensor scaled by its own amax, taken just before its cast
-    delayed     our Float8Linear, and Float8Attention if `[fp8] attention` asks for it
+    delayed     our Float8Linear, joined where linears share an input (Float8FanOut) or an activation lies between them
+                (Float8FeedForward), and Float8Attention if `[fp8] attention` asks for it
 
 Registered with torchtitan as the model converter "titan_fp8.float8".
 """
@@ -20,11 +21,16 @@ from torchtitan.tools.logging import logger
 from titan_fp8.config import Fp8
 from titan_fp8.errors import UserError
 
-from .attention import Float8Attention
+from .attention import Float8Attention, resolve
+from .feed_forward import Float8FeedForward
 from .formats import BY_NAME
-from .linear import Float8Linear
+from .head import Float8ChunkedLoss
+from .linear import Float8FanOut, Float8Linear
 from .scaling import DelayedScaling, Recipe, TensorScale
 
+SCALED = (Float8Linear, Float8FanOut, Float8FeedForward, Float8Attention, Float8ChunkedLoss)  # what has slots
+LOSS = "loss"  # the module that multiplies by the head's weight
+HEAD = "output"  # the LM head, if it has a weight of its own: [fp8] lm_head decides about it, not the filter
 STATE = "float8_state"  # name of the DelayedScaling submodule: a prefix of its keys in checkpoints
 
 
@@ -39,6 +45,8 @@ def select(names: list[str], patterns: list[str]) -> list[str]:
             hint = (
                 f"did you mean {close[0]!r}?" if close else f"the model's linears are named like {names[:1]}"
             )
+            if glob == HEAD:
+                hint = '[fp8] lm_head = "fp8" converts the head'
             raise UserError(
                 f"[fp8] filter: every pattern must match a linear module, {pattern!r} matches none: {hint}"
             )
@@ -51,7 +59,11 @@ def convert(model: nn.Module, fp8: Fp8) -> int:
 
     Raises UserError: a filter matches or leaves nothing, a dimension is no multiple of 16, a GPU lacks FP8.
     """
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    linears = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and name != HEAD
+    }
     if fp8.recipe == "bf16":
         logger.info(f"FP8: recipe bf16, converted 0 of {len(linears)} linears")
         return 0
@@ -62,7 +74,10 @@ def convert(model: nn.Module, fp8: Fp8) -> int:
             f"[fp8] filter must leave at least one linear with recipe {fp8.recipe!r}, got {fp8.filter}: "
             'take a "!pattern" out, or write recipe = "bf16"'
         )
-    for name, linear in chosen.items():
+    for (
+        name,
+        linear,
+    ) in chosen.items():  # the head's dimensions are checked with them: D is a block's, V by DecoderArgs
         if linear.in_features % 16 or linear.out_features % 16:
             raise UserError(
                 f"FP8 GEMMs need dimensions that are multiples of 16, {name} is {linear.in_features} -> "
@@ -73,7 +88,8 @@ def convert(model: nn.Module, fp8: Fp8) -> int:
     else:
         _convert_delayed(model, chosen, fp8)
     logger.info(
-        f"FP8: recipe {fp8.recipe}, attention {fp8.attention}, converted {len(chosen)} of {len(linears)} linears"
+        f"FP8: recipe {fp8.recipe}, attention {fp8.attention}, head {fp8.lm_head}, "
+        f"converted {len(chosen)} of {len(linears)} linears"
     )
     return len(chosen)
 
@@ -98,9 +114,34 @@ def _convert_tensorwise(model: nn.Module, names: set[str]) -> None:
 def _convert_delayed(model: nn.Module, linears: dict[str, nn.Linear], fp8: Fp8) -> None:
     recipe = Recipe(fp8.amax_history, fp8.margin, fp8.power_of_two_scales)
     device = next(model.parameters()).device
-    for name, linear in linears.items():
+    alone = dict(linears)
+    for name, module in list(model.named_modules()):
+        joint = name.rpartition(".")[2]
+        if joint == "wqkv":
+            parts = [f"{name.removesuffix(joint)}{sibling}" for sibling in module.linears]
+        elif joint == "feed_forward" and Float8FeedForward.takes(module.activation):
+            parts = [
+                f"{name}.{part}" for part, inside in module.named_children() if isinstance(inside, nn.Linear)
+            ]
+        else:
+            continue
+        # Only as a whole: a linear that the filter leaves in 16 bits leaves its siblings each on their own.
+        if all(part in alone for part in parts):
+            for part in parts:
+                del alone[part]
+            with device:
+                if joint == "wqkv":
+                    joined = Float8FanOut({part.rpartition(".")[2]: linears[part] for part in parts}, recipe)
+                else:
+                    joined = Float8FeedForward(module, recipe)
+            model.set_submodule(name, joined)
+    for name, linear in alone.items():
         model.set_submodule(name, Float8Linear.from_linear(linear, recipe))
+    if fp8.lm_head == "fp8":
+        with device:
+            model.set_submodule(LOSS, Float8ChunkedLoss(recipe))
     if fp8.attention != "off":
+        backends = _attention_backends(fp8)
         for name, module in list(model.named_modules()):
             if name.endswith("inner_attention"):
                 with device:
@@ -109,15 +150,25 @@ def _convert_delayed(model: nn.Module, linears: dict[str, nn.Linear], fp8: Fp8) 
                         recipe,
                         fp8_backward=fp8.attention == "full",
                         grad_dtype=BY_NAME[fp8.attention_gradients],
-                        fused=fp8.attention_backend == "triton",
+                        **backends,
                     )
                 model.set_submodule(name, attention)
     slots: dict[str, TensorScale] = {}
     for name, module in model.named_modules():
-        if isinstance(module, Float8Linear | Float8Attention):
+        if isinstance(module, SCALED):
             slots |= {f"{name}.{tensor}": slot for tensor, slot in module.slots().items()}
     with device:
         model.add_module(STATE, DelayedScaling(slots, recipe))
+
+
+def _attention_backends(fp8: Fp8) -> dict[str, str]:
+    if fp8.attention == "forward":  # the kernels know no 16-bit backward
+        return {"forward_backend": "reference", "backward_backend": "reference"}
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return {
+        "forward_backend": resolve(fp8.attention_forward, "forward", device),
+        "backward_backend": resolve(fp8.attention_backward, "backward", device),
+    }
 
 
 def scaling_state(model: nn.Module) -> DelayedScaling | None:

@@ -1,12 +1,13 @@
-"""Float8Linear: y = x w^T with all three GEMMs in FP8.
+"""Float8Linear: y = x w^T with all three GEMMs in FP8; Float8FanOut: the same for several weights of one x.
 
     forward      y  [M, N] = x_e4m3 [M, K]     w_e4m3^T [K, N]
     grad input   dx [M, K] = dy_e5m2 [M, N]    w_e4m3 [N, K]
     grad weight  dw [N, K] = dy_e5m2^T [N, M]  x_e4m3 [M, K]
 
-x and dy have delayed scales; w is scaled by its own amax, which is known exactly, once per use. x is kept for backward
-in FP8, transposed as its last GEMM wants it; w is cast again there, so that a gathered weight need not stay.
-M = batch * sequence.
+x and dy have delayed scales; w is scaled by its own amax, taken when the optimizer has changed it (scaling.py). x is kept
+for backward in FP8, transposed as its last GEMM wants it; w is cast again there, so that a gathered weight need not stay.
+M = batch * sequence. Weights that share x (those of q, k and v) are cast into one FP8 matrix, N = N_1 + N_2 + ..., with one
+scale: x is cast and kept once, and each of the three GEMMs runs once. The parameters stay apart.
 """
 
 from __future__ import annotations
@@ -14,15 +15,23 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .formats import E4M3, E5M2, FP8_MAX, amax, saturating_cast, scale_from_amax
-from .kernels.cast import cast
+from .formats import E4M3, E5M2
+from .kernels.cast import cast, cast_joined
 from .kernels.gemm import scaled_mm
-from .scaling import CastRule, Recipe, TensorScale, scale_in_use
+from .scaling import CastRule, Recipe, TensorScale, WeightScale, scale_in_use
 
 
-def weight_scale(w_NK: Tensor, power_of_two: bool) -> Tensor:
-    """The weight's scale from its own amax; margin does not apply, since nothing can jump."""
-    return scale_from_amax(amax(w_NK), FP8_MAX[E4M3], 0, power_of_two)
+def matrix(x: Tensor) -> Tensor:
+    """x [..., K] as [M, K], in the autocast dtype under autocast. Raises ValueError if M is no multiple of 16."""
+    device_type = x.device.type
+    if torch.is_autocast_enabled(device_type):
+        x = x.to(torch.get_autocast_dtype(device_type))
+    x_MK = x.reshape(-1, x.shape[-1])
+    if x_MK.shape[0] % 16:
+        raise ValueError(
+            f"FP8 GEMMs need batch * sequence to be a multiple of 16, got {x_MK.shape[0]}: change seq_len"
+        )
+    return x_MK
 
 
 @torch._dynamo.allow_in_graph
@@ -30,29 +39,30 @@ class _Float8Matmul(torch.autograd.Function):
     # Suffix _t: stored transposed. A GEMM's right operand must be contiguous along the summed dimension, as its left one.
 
     @staticmethod
-    def forward(ctx, x_MK, w_NK, x_scale, x_amax, dy_scale, dy_amax, rule: CastRule):
+    def forward(ctx, x_MK, x_scale, x_amax, w_scale, dy_scale, dy_amax, rule: CastRule, *weights):
+        needs_dw = any(ctx.needs_input_grad[7:])
         x_scale = scale_in_use(x_MK, x_scale, E4M3, rule)
-        x8_MK, x8_t_KM = cast(x_MK, x_scale, x_amax, E4M3, rule.record, True, ctx.needs_input_grad[1])
-        w_scale = weight_scale(w_NK, rule.power_of_two)
-        w8_NK = saturating_cast(w_NK, w_scale, E4M3)
-        ctx.save_for_backward(x8_t_KM, x_scale, w_NK, w_scale, dy_scale)
+        x8_MK, x8_t_KM = cast(x_MK, x_scale, x_amax, E4M3, rule.record, True, needs_dw)
+        w8_NK = cast_joined(weights, w_scale, E4M3, False)
+        ctx.save_for_backward(x8_t_KM, x_scale, w_scale, dy_scale, *weights)
         # Not saved: a backward writes it, and autograd would then refuse the next one (two forwards first).
-        ctx.dy_amax, ctx.rule = dy_amax, rule
+        ctx.dy_amax, ctx.rule, ctx.needs_dw = dy_amax, rule, needs_dw
         return scaled_mm(x8_MK, w8_NK.t(), x_scale, w_scale, x_MK.dtype, fast=True)
 
     @staticmethod
     def backward(ctx, dy_MN):
-        x8_t_KM, x_scale, w_NK, w_scale, dy_scale = ctx.saved_tensors
+        x8_t_KM, x_scale, w_scale, dy_scale, *weights = ctx.saved_tensors
         dy_scale = scale_in_use(dy_MN, dy_scale, E5M2, ctx.rule)
-        needs_dx, needs_dw = ctx.needs_input_grad[:2]
-        dy8_MN, dy8_t_NM = cast(dy_MN, dy_scale, ctx.dy_amax, E5M2, ctx.rule.record, needs_dx, needs_dw)
-        dx_MK = dw_NK = None
+        needs_dx = ctx.needs_input_grad[0]
+        dy8_MN, dy8_t_NM = cast(dy_MN, dy_scale, ctx.dy_amax, E5M2, ctx.rule.record, needs_dx, ctx.needs_dw)
+        dx_MK, dws = None, (None,) * len(weights)
         if needs_dx:
-            _, w8_t_KN = cast(w_NK, w_scale, torch.zeros_like(w_scale), E4M3, False, False, True)
+            w8_t_KN = cast_joined(weights, w_scale, E4M3, True)
             dx_MK = scaled_mm(dy8_MN, w8_t_KN.t(), dy_scale, w_scale, dy_MN.dtype, fast=False)
-        if needs_dw:
-            dw_NK = scaled_mm(dy8_t_NM, x8_t_KM.t(), dy_scale, x_scale, w_NK.dtype, fast=False)
-        return dx_MK, dw_NK, None, None, None, None, None
+        if ctx.needs_dw:
+            dw_NK = scaled_mm(dy8_t_NM, x8_t_KM.t(), dy_scale, x_scale, weights[0].dtype, fast=False)
+            dws = dw_NK.split([w_NK.shape[0] for w_NK in weights])
+        return dx_MK, None, None, None, None, None, None, *dws
 
 
 class Float8Linear(nn.Linear):
@@ -73,27 +83,47 @@ class Float8Linear(nn.Linear):
         new.recipe = recipe
         with linear.weight.device:
             new.x = TensorScale(E4M3)
+            new.w = WeightScale((new,))
             new.dy = TensorScale(E5M2, gradient=True)
         return new
 
     def slots(self) -> dict[str, TensorScale]:
-        return {"x": self.x, "dy": self.dy}
+        return {"x": self.x, "w": self.w, "dy": self.dy}
 
     def forward(self, x: Tensor) -> Tensor:
-        device_type = x.device.type
-        if torch.is_autocast_enabled(device_type):
-            x = x.to(torch.get_autocast_dtype(device_type))
-        x_MK = x.reshape(-1, x.shape[-1])
-        if x_MK.shape[0] % 16:
-            raise ValueError(
-                f"FP8 GEMMs need batch * sequence to be a multiple of 16, got {x_MK.shape[0]}: change seq_len"
-            )
+        x_MK = matrix(x)
         y_MN = _Float8Matmul.apply(
-            x_MK, self.weight.to(x.dtype), self.x.scale, self.x.amax, self.dy.scale, self.dy.amax,
-            self.recipe.rule(record=self.training),
+            x_MK, self.x.scale, self.x.amax, self.w.scale, self.dy.scale, self.dy.amax,
+            self.recipe.rule(record=self.training), self.weight.to(x_MK.dtype),
         )  # fmt: skip
         return y_MN.view(*x.shape[:-1], -1)
 
     def extra_repr(self) -> str:
         shape = f"in_features={self.in_features}, out_features={self.out_features}"
         return f"{shape}, x:delayed_e4m3 w:tensorwise_e4m3 dy:delayed_e5m2"
+
+
+class Float8FanOut(nn.Module):
+    """Drop-in for the decoder's FanOut: x [..., K], linears with weights [N_i, K] -> a tuple of [..., N_i], in x's dtype."""
+
+    def __init__(self, linears: dict[str, nn.Linear], recipe: Recipe):
+        super().__init__()
+        self.names = tuple(linears)
+        self.recipe = recipe
+        self.x = TensorScale(E4M3)
+        self.w = WeightScale(tuple(linears.values()))
+        self.dy = TensorScale(E5M2, gradient=True)
+
+    def slots(self) -> dict[str, TensorScale]:
+        return {"x": self.x, "w": self.w, "dy": self.dy}
+
+    def forward(self, x: Tensor, *linears: nn.Linear) -> tuple[Tensor, ...]:
+        x_MK = matrix(x)
+        y_MN = _Float8Matmul.apply(
+            x_MK, self.x.scale, self.x.amax, self.w.scale, self.dy.scale, self.dy.amax,
+            self.recipe.rule(record=self.training), *(linear.weight.to(x_MK.dtype) for linear in linears),
+        )  # fmt: skip
+        return y_MN.view(*x.shape[:-1], -1).split([linear.out_features for linear in linears], -1)
+
+    def extra_repr(self) -> str:
+        return f"{'+'.join(self.names)}, x:delayed_e4m3 w:tensorwise_e4m3 dy:delayed_e5m2"

@@ -6,11 +6,12 @@ So a cast needs one pass over its tensor: it multiplies by a number known before
 that later steps will use (FOG, arXiv 2505.20524, section 2; the algorithm is Transformer Engine's "max").
 
 `TensorScale` is one tensor's slot inside a layer; `DelayedScaling` is the whole model's state and updates every slot at
-once, with one MAX all-reduce. On the very first step there is no history, and each tensor is scaled by its own amax.
+once, with one MAX all-reduce. A weight's slot (`WeightScale`) has the amax of now, not of earlier steps: nothing can
+jump, and margin does not apply. On the very first step there is no history, and each other tensor is scaled by its own amax.
 
     layers write   slot.amax    (max over micro-batches; recomputation under activation checkpointing changes nothing)
     layers read    slot.scale
-    update()       stack amaxes -> all-reduce -> history -> scales -> slots
+    update()       stack amaxes, take the weights' -> all-reduce -> history -> scales -> slots
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
-from .formats import FP8_MAX, amax, fold_amax, saturating_cast, scale_from_amax, short_name
+from .formats import E4M3, FP8_MAX, amax, fold_amax, saturating_cast, scale_from_amax, short_name
 
 
 class CastRule(NamedTuple):
@@ -68,6 +70,23 @@ class TensorScale(nn.Module):
         return f"delayed_{short_name(self.dtype)}"
 
 
+class WeightScale(TensorScale):
+    """The slot of linears' weights, which share a scale if there are several. `DelayedScaling.update` takes their amax.
+
+    So the scale is exact: the optimizer has just changed the weights, and nothing else does before they are used.
+    """
+
+    def __init__(self, linears: tuple[nn.Linear, ...]):
+        super().__init__(E4M3)
+        self.linears = linears  # a tuple: they are others' submodules, and FSDP2 replaces their parameters
+
+    def weights(self) -> list[Tensor]:
+        """This rank's part of each weight; a zero where it has none."""
+        weights = [linear.weight.detach() for linear in self.linears]
+        weights = [w.to_local() if isinstance(w, DTensor) else w for w in weights]
+        return [w if w.numel() else w.new_zeros(1) for w in weights]
+
+
 def scale_in_use(x: Tensor, scale: Tensor, dtype: torch.dtype, rule: CastRule) -> Tensor:
     """The delayed `scale`, or in the first step, which has no history, the one from x's own amax (0-dim float32)."""
     if not rule.calibrating:
@@ -88,6 +107,11 @@ def quantize(
     return saturating_cast(x, scale, dtype), scale
 
 
+def _no_nan(amaxes: Tensor) -> Tensor:
+    """What is not finite as inf: a maximum over ranks or weights loses NaN, but not inf."""
+    return torch.where(amaxes.isfinite(), amaxes, torch.inf)
+
+
 class DelayedScaling(nn.Module):
     """Histories and scales of all N FP8 tensors of a model; a submodule of it, so that checkpoints carry the state.
 
@@ -104,6 +128,8 @@ class DelayedScaling(nn.Module):
     steps: Tensor
     fp8_max: Tensor
     is_gradient: Tensor
+    is_weight: Tensor
+    weight_index: Tensor
 
     def __init__(self, slots: Mapping[str, TensorScale], recipe: Recipe):
         super().__init__()
@@ -120,6 +146,10 @@ class DelayedScaling(nn.Module):
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
         self.register_buffer("fp8_max", torch.zeros(n, dtype=torch.float32), persistent=False)
         self.register_buffer("is_gradient", torch.zeros(n, dtype=torch.bool), persistent=False)
+        self.register_buffer("is_weight", torch.zeros(n, dtype=torch.bool), persistent=False)
+        self.weight_slots = tuple(slot for slot in self.slots if isinstance(slot, WeightScale))
+        matrices = sum(len(slot.linears) for slot in self.weight_slots)
+        self.register_buffer("weight_index", torch.zeros(matrices, dtype=torch.int64), persistent=False)
         self.skipped: Tensor | None = None  # [] bool, set by the trainer: this step's gradients overflowed
         self.register_load_state_dict_post_hook(lambda module, _: module.refresh())  # type: ignore
 
@@ -130,7 +160,13 @@ class DelayedScaling(nn.Module):
         self.scale.fill_(1.0)
         self.fp8_max.copy_(torch.tensor([FP8_MAX[slot.dtype] for slot in self.slots], dtype=torch.float32))
         self.is_gradient.copy_(torch.tensor([slot.gradient for slot in self.slots]))
+        self.is_weight.copy_(torch.tensor([isinstance(slot, WeightScale) for slot in self.slots]))
+        index = [
+            i for i, slot in enumerate(self.slots) if isinstance(slot, WeightScale) for _ in slot.linears
+        ]
+        self.weight_index.copy_(torch.tensor(index, dtype=torch.int64))
         self.refresh()
+        self.scale_weights()
 
     def refresh(self) -> None:
         """Bring slots and the calibration flag in line with the buffers, after a start or a load."""
@@ -138,6 +174,26 @@ class DelayedScaling(nn.Module):
             return
         self._write_slots()
         self.recipe.calibrating = int(self.steps) == 0
+
+    @torch.no_grad()
+    def scale_weights(self) -> None:
+        """Scale the weights by their amaxes of now. Who changes them outside of a training step calls this, on every rank."""
+        if self.scale.is_meta or not self.weight_slots:
+            return
+        fresh = scale_from_amax(self._amaxes(), self.fp8_max, 0, self.recipe.power_of_two)
+        self.scale.copy_(torch.where(self.is_weight, fresh, self.scale))
+        self._write_slots()
+
+    def _amaxes(self) -> Tensor:
+        """[N] float32: the amax of every slot and every weight, over all ranks; inf where it is not finite."""
+        now = torch.stack([slot.amax for slot in self.slots])
+        if self.weight_slots:
+            norms = torch._foreach_norm([w for slot in self.weight_slots for w in slot.weights()], torch.inf)
+            now.scatter_reduce_(0, self.weight_index, _no_nan(torch.stack(norms).float()), "amax")
+        now = _no_nan(now)
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            dist.all_reduce(now, op=dist.ReduceOp.MAX)
+        return now
 
     def _write_slots(self) -> None:
         torch._foreach_copy_([slot.scale for slot in self.slots], list(self.scale.unbind()))
@@ -151,27 +207,27 @@ class DelayedScaling(nn.Module):
         that saw nothing keeps its scale. In a step that was `skipped`, no gradient's amax enters either: one that is huge
         and just finite would flush that tensor to zero for `history` steps. No host synchronisation.
         """
-        now = torch.stack([slot.amax for slot in self.slots])
-        now = torch.where(now.isfinite(), now, torch.inf)  # MAX over ranks loses NaN, but not inf
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            dist.all_reduce(now, op=dist.ReduceOp.MAX)
+        now = self._amaxes()
         finite = now.isfinite()
         self.nonfinite_steps += ~finite
         if not self.recipe.calibrating:
-            self.saturation.copy_(now * self.scale / self.fp8_max)
+            self.saturation.copy_((now * self.scale / self.fp8_max).masked_fill(self.is_weight, 1.0))
             # Rounding alone can put it a little above 1.
             self.saturated_steps += finite & (self.saturation > 1 + 1e-6)
 
         rows = self.history.shape[0]
         row = self.steps % rows
-        previous = self.history[(row - 1) % rows]
+        # history[row - 1] would wait for the device.
+        previous = self.history.index_select(0, ((row - 1) % rows).view(1))
         usable = finite
         if self.skipped is not None:
             usable = finite & ~(self.is_gradient & self.skipped)
             self.skipped = None
-        self.history.index_copy_(0, row.view(1), torch.where(usable, now, previous)[None])
-        largest = self.history.amax(0)
-        fresh = scale_from_amax(largest, self.fp8_max, self.recipe.margin, self.recipe.power_of_two)
+        entry = torch.where(usable, now, previous)
+        self.history.index_copy_(0, row.view(1), entry)
+        largest = torch.where(self.is_weight, entry[0], self.history.amax(0))
+        margins = torch.where(self.is_weight, 0.0, self.recipe.margin)
+        fresh = scale_from_amax(largest, self.fp8_max / torch.exp2(margins), 0, self.recipe.power_of_two)
         self.scale.copy_(torch.where(largest > 0, fresh, self.scale))
         self.last_amax.copy_(now)
         self.steps += 1

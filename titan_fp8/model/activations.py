@@ -42,6 +42,10 @@ class XIELU(nn.Module):
         nn.init.constant_(self.a_p, math.log(math.expm1(self.initial_alpha)))
         nn.init.constant_(self.a_n, math.log(math.expm1(self.initial_alpha - self.beta)))
 
+    def alphas(self) -> Tensor:
+        """(alpha_p, alpha_n) [2] float32, differentiable."""
+        return torch.cat((F.softplus(self.a_p.float()), self.beta + F.softplus(self.a_n.float())))
+
     def forward(self, x: Tensor) -> Tensor:
         return xielu(x, self.a_p, self.a_n, self.beta, self.eps)
 

@@ -1,6 +1,6 @@
 """The decoder. FOG and Llama are settings of it.
 
-    tokens_BS -> embedding * input_scale -> blocks -> [norm] -> LM head -> logits_BSV
+    tokens_BS -> embedding * input_scale -> blocks -> [norm] -> LM head -> logits_BSV, or with labels_BS -> the summed loss
 
     pre  (Llama):  h = x + Attention(norm(x))        y = h + FFN(norm(h))
     post (FOG):    h = x + norm(Attention(x))        y = h + norm(FFN(h))       gain of norm starts at post_norm_gain
@@ -9,7 +9,8 @@ Attention regularises q and k per head before RoPE, with no trained gain (FOG, a
 logits. RoPE turns the two halves of a head (Hugging Face's layout), so Llama checkpoints load without permuting rows.
 
 Shapes: B batch, S sequence, D dim, H query heads, K kv heads, C head_dim, F hidden of the FFN, V vocabulary.
-All GEMMs of a block are plain nn.Linear or inside `inner_attention`; `titan_fp8.float8.convert` swaps both.
+All GEMMs of a block are plain nn.Linear or inside `inner_attention`; `titan_fp8.float8.convert` swaps both, and what joins
+several of them: `FanOut` and `FeedForward`.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torchtitan.protocols.model import ModelProtocol
+
+from titan_fp8.loss import ChunkedLoss
 
 from .activations import GATED, XIELU, gelu, smooth_swiglu, swiglu
 from .args import DecoderArgs
@@ -126,6 +129,23 @@ class CausalAttention(nn.Module):
         return f"softmax_scale={self.softmax_scale:.4g}"
 
 
+class FanOut(nn.Module):
+    """Several linears of one input: x [..., D] -> a tuple of [..., N_i]. Convert swaps this for one that casts x once.
+
+    `linears` names the siblings that it is called with.
+    """
+
+    def __init__(self, *linears: str):
+        super().__init__()
+        self.linears = linears
+
+    def forward(self, x: Tensor, *linears: nn.Module) -> tuple[Tensor, ...]:
+        return tuple(linear(x) for linear in linears)
+
+    def extra_repr(self) -> str:
+        return "+".join(self.linears)
+
+
 class Attention(nn.Module):
     def __init__(self, args: DecoderArgs):
         super().__init__()
@@ -133,18 +153,18 @@ class Attention(nn.Module):
         self.wq = nn.Linear(args.dim, args.n_heads * args.head_dim, bias=False)
         self.wk = nn.Linear(args.dim, args.n_kv_heads * args.head_dim, bias=False)
         self.wv = nn.Linear(args.dim, args.n_kv_heads * args.head_dim, bias=False)
+        self.wqkv = FanOut("wq", "wk", "wv")
         self.wo = nn.Linear(args.n_heads * args.head_dim, args.dim, bias=False)
         self.q_norm = make_qk_norm(args)
         self.k_norm = make_qk_norm(args)
         self.inner_attention: nn.Module = CausalAttention(args.softmax_scale)
 
     def forward(self, x_BSD: Tensor, cos_SC: Tensor, sin_SC: Tensor) -> Tensor:
-        heads = (*x_BSD.shape[:2], -1, self.head_dim)
-        q_BSHC = self.q_norm(self.wq(x_BSD).view(heads))
-        k_BSKC = self.k_norm(self.wk(x_BSD).view(heads))
-        v_BSKC = self.wv(x_BSD).view(heads)
-        q_BSHC = apply_rope(q_BSHC, cos_SC, sin_SC)
-        k_BSKC = apply_rope(k_BSKC, cos_SC, sin_SC)
+        q_BSHC, k_BSKC, v_BSKC = (
+            y.unflatten(-1, (-1, self.head_dim)) for y in self.wqkv(x_BSD, self.wq, self.wk, self.wv)
+        )
+        q_BSHC = apply_rope(self.q_norm(q_BSHC), cos_SC, sin_SC)
+        k_BSKC = apply_rope(self.k_norm(k_BSKC), cos_SC, sin_SC)
         o_BHSC = self.inner_attention(q_BSHC.transpose(1, 2), k_BSKC.transpose(1, 2), v_BSKC.transpose(1, 2))
         return self.wo(o_BHSC.transpose(1, 2).flatten(2))
 
@@ -199,6 +219,8 @@ class Block(nn.Module):
 class Decoder(ModelProtocol):
     """A decoder-only transformer: tokens [B, S] int64 -> logits [B, S, V].
 
+    With labels [B, S] int64 -> the summed cross-entropy, 0-dim float32, by `loss`, which never holds all logits (and which
+    convert may swap). It is computed in here because FSDP2 has gathered the head's weight only here.
     With tied embeddings there is no `output` module: the head multiplies by the embedding's weight.
     """
 
@@ -212,6 +234,7 @@ class Decoder(ModelProtocol):
         self.layers = nn.ModuleDict({str(i): Block(args) for i in range(args.n_layers)})
         self.norm = RMSNorm(args.dim, args.norm_eps) if args.final_norm else None
         self.output = None if args.tie_embeddings else nn.Linear(args.dim, args.vocab_size, bias=False)
+        self.loss: nn.Module = ChunkedLoss()
         cos, sin = rope_table(args.head_dim, args.seq_len, args.rope_theta)
         self.register_buffer("rope_cos", cos, persistent=False)
         self.register_buffer("rope_sin", sin, persistent=False)
@@ -238,7 +261,7 @@ class Decoder(ModelProtocol):
             elif module is not self and hasattr(module, "init_weights"):
                 module.init_weights()
 
-    def forward(self, tokens_BS: Tensor) -> Tensor:
+    def forward(self, tokens_BS: Tensor, labels_BS: Tensor | None = None) -> Tensor:
         h_BSD = self.tok_embeddings(tokens_BS)
         # Autocast leaves embeddings alone; the residual stream runs in the compute dtype, as under FSDP2.
         device_type = h_BSD.device.type
@@ -251,6 +274,7 @@ class Decoder(ModelProtocol):
             h_BSD = block(h_BSD, cos_SC, sin_SC)
         if self.norm is not None:
             h_BSD = self.norm(h_BSD)
-        if self.output is None:
-            return F.linear(h_BSD, self.tok_embeddings.weight)
-        return self.output(h_BSD)
+        w_VD = self.tok_embeddings.weight if self.output is None else self.output.weight
+        if labels_BS is not None:
+            return self.loss(h_BSD.flatten(0, 1), w_VD, labels_BS.flatten())
+        return F.linear(h_BSD, w_VD)

@@ -13,6 +13,7 @@ from torchtitan.models.llama3.infra.parallelize import disable_fsdp_gradient_div
 from torchtitan.tools.logging import logger
 
 from titan_fp8.device import gloo_safe
+from titan_fp8.float8.kernels import attention as _attention  # noqa: F401  (registers the operator named below)
 
 # With [activation_checkpoint] selective_ac_option = "op": results of these operators are kept, the rest is recomputed.
 KEPT_OPS = {
@@ -22,6 +23,7 @@ KEPT_OPS = {
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.titan_fp8.attention_forward.default,
     torch.ops._c10d_functional.reduce_scatter_tensor.default,
     torch._higher_order_ops.inductor_compiled_code,
 }

@@ -25,6 +25,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor.experimental import register_sharding
 from torch.utils.flop_counter import register_flop_formula
 
 from titan_fp8.errors import UserError
@@ -87,8 +89,8 @@ def _(x, scale, amax, dtype, record, plain, transposed, pairs):
 def _(x, scale, amax, dtype, record, plain, transposed, pairs):
     batch, heads, seq_len, dim = x.shape
     length = padded(seq_len)
-    x8 = x.new_empty((batch, heads, length, dim) if plain else (0,), dtype=dtype)
-    return x8, x.new_empty((batch, heads, dim, length) if transposed else (0,), dtype=dtype)
+    x8 = x.new_empty((batch, heads, length, dim) if plain else (0,) * 4, dtype=dtype)
+    return x8, x.new_empty((batch, heads, dim, length) if transposed else (0,) * 4, dtype=dtype)
 
 
 @torch.library.custom_op("titan_fp8::attention_cast_gradient", mutates_args=("amax",), device_types="cuda")
@@ -210,3 +212,33 @@ def _(q8_shape, *args, out_shape=None, **kwargs) -> int:
     batch, heads, _, dim = q8_shape
     seq_len = args[15]
     return 5 * 2 * batch * heads * seq_len * seq_len * dim
+
+
+# Attention of a part of the batch, or of some kv heads with their query heads, is a part of attention. The casts' amax is
+# then each rank's own, which `DelayedScaling.update` brings together.
+
+
+def _shardings(outputs: int, tensors: int, scales: int, rest: int) -> list[tuple[list, list]]:
+    """Of an operator with that many results, [B, H, ...] operands, 0-dim operands and constants, in this order."""
+    whole = [Replicate()] * scales + [None] * rest
+    return [([how] * outputs, [how] * tensors + whole) for how in (Replicate(), Shard(0), Shard(1))]
+
+
+@register_sharding(torch.ops.titan_fp8.attention_cast.default)
+def _(*args):
+    return _shardings(2, 1, 2, 5)
+
+
+@register_sharding(torch.ops.titan_fp8.attention_cast_gradient.default)
+def _(*args):
+    return _shardings(3, 2, 3, 2)
+
+
+@register_sharding(torch.ops.titan_fp8.attention_forward.default)
+def _(*args):
+    return _shardings(2, 3, 3, 2)
+
+
+@register_sharding(torch.ops.titan_fp8.attention_backward.default)
+def _(*args):
+    return _shardings(3, 9, 6, 4)

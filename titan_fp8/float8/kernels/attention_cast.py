@@ -120,8 +120,8 @@ def launch_cast(
     x = x if x.stride(-1) == 1 else x.contiguous()
     batch, heads, seq_len, dim = x.shape
     length = padded(seq_len)
-    x8 = x.new_empty((batch, heads, length, dim) if plain else 0, dtype=dtype)
-    x8_t = x.new_empty((batch, heads, dim, length) if transposed else 0, dtype=dtype)
+    x8 = x.new_empty((batch, heads, length, dim) if plain else (0,) * 4, dtype=dtype)
+    x8_t = x.new_empty((batch, heads, dim, length) if transposed else (0,) * 4, dtype=dtype)
     block = 64
     _cast_kernel[(length // block, batch * heads)](
         x, scale, seen.view(torch.int32), x8, x8_t, seq_len, length, heads, *x.stride()[:3],
@@ -188,7 +188,8 @@ def cast_reference(
     rows = torch.nn.functional.pad(x.float(), (0, 0, 0, padded(x.shape[2]) - x.shape[2]))
     y = saturating_cast(rows, scale, dtype)
     y_t = reorder(y.float().mT, pairs).to(dtype)
-    return (y.contiguous() if plain else y.new_empty(0)), (y_t.contiguous() if transposed else y.new_empty(0))
+    nothing = y.new_empty((0,) * 4)
+    return y.contiguous() if plain else nothing, y_t.contiguous() if transposed else nothing
 
 
 def cast_gradient_reference(

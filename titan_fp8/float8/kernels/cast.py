@@ -2,12 +2,16 @@
 
     q[m, k] = cast(clamp(x[m, k] * scale, -max, max))      qt[k, m] = q[m, k]      seen = max(seen, max |x|)
 
+`cast_joined` does several matrices of one scale and puts them together, straight or transposed.
+
 x [M, K] is read once; q [M, K] and qt [K, M] (what Hopper's FP8 matrix unit wants on the other side of a
 GEMM: both operands contiguous along the summed dimension) are written as asked. A NaN in x comes out in q, qt and seen.
 `reference` is the same in plain PyTorch, and what runs where there is no CUDA.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -31,7 +35,7 @@ def reference(
 
 @triton.jit
 def _cast_kernel(
-    x_ptr, scale_ptr, seen_ptr, q_ptr, qt_ptr, M, K, stride_m, stride_k,
+    x_ptr, scale_ptr, seen_ptr, q_ptr, qt_ptr, M, K, stride_m, stride_k, stride_t, first,
     FP8_MAX: tl.constexpr, RECORD: tl.constexpr, STRAIGHT: tl.constexpr, TRANSPOSED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -49,11 +53,10 @@ def _cast_kernel(
     y = tl.clamp(y, -FP8_MAX, FP8_MAX, propagate_nan=tl.PropagateNan.ALL)
     q = y.to(q_ptr.dtype.element_ty)
     if STRAIGHT:
-        tl.store(q_ptr + rows[:, None] * K + columns[None, :], q, mask=inside)
+        tl.store(q_ptr + (first + rows)[:, None] * K + columns[None, :], q, mask=inside)
     if TRANSPOSED:
-        tl.store(
-            qt_ptr + columns[:, None].to(tl.int64) * M + rows[None, :], tl.trans(q), mask=tl.trans(inside)
-        )
+        where = columns[:, None].to(tl.int64) * stride_t + first + rows[None, :]
+        tl.store(qt_ptr + where, tl.trans(q), mask=tl.trans(inside))
 
 
 @triton_op("titan_fp8::cast", mutates_args={"seen"})
@@ -67,11 +70,35 @@ def cast_op(
     block_m, block_k = (32, 128) if transposed else (4, 2048)
     grid = (triton.cdiv(rows, block_m), triton.cdiv(columns, block_k))
     wrap_triton(_cast_kernel)[grid](
-        x, scale, seen, q, qt, rows, columns, x.stride(0), x.stride(1),
+        x, scale, seen, q, qt, rows, columns, x.stride(0), x.stride(1), rows, 0,
         FP8_MAX=FP8_MAX[dtype], RECORD=record, STRAIGHT=straight, TRANSPOSED=transposed,
         BLOCK_M=block_m, BLOCK_K=block_k, num_warps=4,
     )  # fmt: skip
     return q, qt
+
+
+@triton_op("titan_fp8::cast_joined", mutates_args=())
+def cast_joined_op(matrices: list[Tensor], scale: Tensor, dtype: torch.dtype, transposed: bool) -> Tensor:
+    """The kernels behind `cast_joined`; the matrices are 16-bit CUDA tensors."""
+    columns = matrices[0].shape[1]
+    total = sum(x.shape[0] for x in matrices)
+    result = torch.empty(
+        (columns, total) if transposed else (total, columns), dtype=dtype, device=scale.device
+    )
+    nothing = torch.empty((0, 0), dtype=dtype, device=scale.device)
+    q, qt = (nothing, result) if transposed else (result, nothing)
+    block_m, block_k = (32, 128) if transposed else (4, 2048)
+    first = 0
+    for x in matrices:
+        rows = x.shape[0]
+        grid = (triton.cdiv(rows, block_m), triton.cdiv(columns, block_k))
+        wrap_triton(_cast_kernel)[grid](
+            x, scale, scale, q, qt, rows, columns, x.stride(0), x.stride(1), total, first,
+            FP8_MAX=FP8_MAX[dtype], RECORD=False, STRAIGHT=not transposed, TRANSPOSED=transposed,
+            BLOCK_M=block_m, BLOCK_K=block_k, num_warps=4,
+        )  # fmt: skip
+        first += rows
+    return result
 
 
 def cast(
@@ -84,3 +111,12 @@ def cast(
     """
     run = cast_op if x.device.type == "cuda" and x.dtype.itemsize == 2 else reference
     return run(x, scale, seen, dtype, record, straight, transposed)
+
+
+def cast_joined(matrices: Sequence[Tensor], scale: Tensor, dtype: torch.dtype, transposed: bool) -> Tensor:
+    """Matrices x_i [M_i, K] times `scale` in FP8, one below the other [M, K], or that transposed [K, M]; M = sum of M_i."""
+    if scale.device.type == "cuda" and all(x.dtype.itemsize == 2 for x in matrices):
+        return cast_joined_op(list(matrices), scale, dtype, transposed)
+    with torch.autocast(scale.device.type, enabled=False):  # it knows no cat of FP8
+        q = torch.cat([saturating_cast(x, scale, dtype) for x in matrices])
+    return q.t().contiguous() if transposed else q

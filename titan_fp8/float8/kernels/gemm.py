@@ -8,7 +8,13 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.torch_version import TorchVersion
 from torch.utils.flop_counter import bmm_flop, register_flop_formula
+
+_ROWWISE_ON_CPU = TorchVersion(torch.__version__) >= (
+    2,
+    12,
+)  # 2.11's kernel takes one scale per tensor only, and is slow
 
 
 def scaled_mm(
@@ -19,6 +25,8 @@ def scaled_mm(
     `fast`: Hopper may keep partial sums in fewer bits; used forward, where Transformer Engine and torchao do too.
     """
     inverse_a, inverse_b = scale_a.reciprocal(), scale_b.reciprocal()
+    if a_MK.device.type == "cpu" and not _ROWWISE_ON_CPU:
+        return (bmm(a_MK[None], b_KN[None])[0] * (inverse_a * inverse_b)).to(out_dtype)
     if a_MK.device.type == "cpu":
         # Same product with the scale repeated per row: oneDNN has no fast kernel for two E4M3 operands with one scale each.
         inverse_a = inverse_a.expand(a_MK.shape[0], 1).contiguous()

@@ -1,0 +1,116 @@
+"""Float8FeedForward: a whole FFN y = act(x w1^T) w2^T with its six (gated: nine) GEMMs in FP8 and two casts fused away.
+
+    forward   x8 = cast(x)      h [M, N] = x8 up8^T                        up = w1, or [w1; w3] with a gate: N = F or 2 F
+              z8 = cast(act(h))                       one kernel           y [M, K] = z8 w2_8^T
+    backward  dy8 = cast(dy)    dz [M, F] = dy8 w2_8
+              dh8 = cast(act'(h) dz), z8 again        one kernel           dw2 = dy8^T z8    dx = dh8 up8    dup = dh8^T x8
+
+The activation never stands in memory in 16 bits: what backward needs of it is made again from h, on the way. Kept for
+backward: x8 transposed (a byte per element) and h (two). x, z, dh, dy have delayed scales, weights exact ones (linear.py).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .formats import E4M3, E5M2, FP8_MAX, scale_from_amax
+from .kernels.activation import KINDS, activate, activate_backward
+from .kernels.cast import cast, cast_joined
+from .kernels.gemm import scaled_mm
+from .linear import matrix
+from .scaling import CastRule, Recipe, TensorScale, WeightScale, scale_in_use
+
+
+@torch._dynamo.allow_in_graph
+class _Float8FeedForward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_MK, alphas, state, kind: str, rule: CastRule, w2_KF, *ups):
+        (s_x, a_x), (s_up, _), (s_z, a_z), (s_w2, _), (s_dh, a_dh), (s_dy, a_dy) = state
+        s_x = scale_in_use(x_MK, s_x, E4M3, rule)
+        x8_MK, x8_t_KM = cast(x_MK, s_x, a_x, E4M3, rule.record, True, any(ctx.needs_input_grad))
+        h_MN = scaled_mm(x8_MK, cast_joined(ups, s_up, E4M3, False).t(), s_x, s_up, x_MK.dtype, fast=True)
+        if rule.calibrating:
+            # z lives inside the kernel: a first pass for its amax, which gives the scale of the second.
+            first = torch.zeros_like(s_z)
+            activate(h_MN, alphas, torch.ones_like(s_z), first, kind, True)
+            s_z = scale_from_amax(first, FP8_MAX[E4M3], rule.margin, rule.power_of_two)
+        z8_MF = activate(h_MN, alphas, s_z, a_z, kind, rule.record)
+        ctx.save_for_backward(x8_t_KM, h_MN, alphas, s_x, s_z, s_dh, s_dy, s_up, s_w2, w2_KF, *ups)
+        # Not saved: a backward writes them, and autograd would then refuse the next one (two forwards first).
+        ctx.a_dh, ctx.a_dy, ctx.kind, ctx.rule = a_dh, a_dy, kind, rule
+        return scaled_mm(z8_MF, cast_joined([w2_KF], s_w2, E4M3, False).t(), s_z, s_w2, x_MK.dtype, fast=True)
+
+    @staticmethod
+    def backward(ctx, dy_MK):
+        x8_t_KM, h_MN, alphas, s_x, s_z, s_dh, s_dy, s_up, s_w2, w2_KF, *ups = ctx.saved_tensors
+        rule, kind = ctx.rule, ctx.kind
+        s_dy = scale_in_use(dy_MK, s_dy, E5M2, rule)
+        dy8_MK, dy8_t_KM = cast(dy_MK, s_dy, ctx.a_dy, E5M2, rule.record, True, True)
+        w2_t_FK = cast_joined([w2_KF], s_w2, E4M3, True)
+        dz_MF = scaled_mm(dy8_MK, w2_t_FK.t(), s_dy, s_w2, dy_MK.dtype, fast=False)
+        if rule.calibrating:
+            first = torch.zeros_like(s_dh)
+            activate_backward(dz_MF, h_MN, alphas, s_z, torch.ones_like(s_dh), first, kind, E5M2, True)
+            s_dh = scale_from_amax(first, FP8_MAX[E5M2], rule.margin, rule.power_of_two)
+        dh8_MN, dh8_t_NM, z8_t_FM, dalphas = activate_backward(
+            dz_MF, h_MN, alphas, s_z, s_dh, ctx.a_dh, kind, E5M2, rule.record
+        )
+        dw2_KF = scaled_mm(dy8_t_KM, z8_t_FM.t(), s_dy, s_z, w2_KF.dtype, fast=False)
+        up_t_KN = cast_joined(ups, s_up, E4M3, True)
+        dx_MK = scaled_mm(dh8_MN, up_t_KN.t(), s_dh, s_up, dy_MK.dtype, fast=False)
+        dup_NK = scaled_mm(dh8_t_NM, x8_t_KM.t(), s_dh, s_x, w2_KF.dtype, fast=False)
+        return (
+            dx_MK,
+            None if alphas is None else dalphas,
+            None,
+            None,
+            None,
+            dw2_KF,
+            *dup_NK.split([w.shape[0] for w in ups]),
+        )
+
+
+class Float8FeedForward(nn.Module):
+    """Drop-in for the decoder's FeedForward with activation xielu, gelu or swiglu. x: [..., K] -> [..., K], in x's dtype.
+
+    Under autocast the products run in the autocast dtype. In eval mode scales are used and amaxes are not recorded.
+    """
+
+    @staticmethod
+    def takes(activation: str) -> bool:
+        return activation in KINDS
+
+    def __init__(self, plain: Any, recipe: Recipe):
+        """Take over the linears w1, w2, w3 (or None) and the activation of the decoder's FeedForward `plain`."""
+        super().__init__()
+        self.activation = plain.activation
+        self.w1, self.w2, self.w3, self.act = plain.w1, plain.w2, plain.w3, plain.act
+        self.recipe = recipe
+        self.x = TensorScale(E4M3)
+        self.up = WeightScale(self.ups())
+        self.z = TensorScale(E4M3)
+        self.down = WeightScale((self.w2,))
+        self.dh = TensorScale(E5M2, gradient=True)
+        self.dy = TensorScale(E5M2, gradient=True)
+
+    def slots(self) -> dict[str, TensorScale]:
+        return {"x": self.x, "up": self.up, "z": self.z, "down": self.down, "dh": self.dh, "dy": self.dy}
+
+    def ups(self) -> tuple[nn.Linear, ...]:
+        return (self.w1,) if self.w3 is None else (self.w1, self.w3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x_MK = matrix(x)
+        state = tuple((slot.scale, slot.amax) for slot in self.slots().values())
+        alphas = None if self.act is None else self.act.alphas()
+        y_MK = _Float8FeedForward.apply(
+            x_MK, alphas, state, self.activation, self.recipe.rule(record=self.training),
+            *(linear.weight.to(x_MK.dtype) for linear in (self.w2, *self.ups())),
+        )  # fmt: skip
+        return y_MK.view(*x.shape[:-1], -1)
+
+    def extra_repr(self) -> str:
+        return f"activation={self.activation}, x,z:delayed_e4m3 w:tensorwise_e4m3 dh,dy:delayed_e5m2"

@@ -1,0 +1,196 @@
+"""The LM head and its cross-entropy, a chunk of rows at a time: the logits [N, V] never stand in memory whole.
+
+    logits_nV = h_nD w_DV^T         lse = log sum_v exp logits_v         loss = sum over counted rows of lse - logits[label]
+    dl_nV = softmax(logits) - onehot(label)         dh_nD = dl w         dw_VD = sum over chunks of dl^T h
+
+A chunk's gradients are computed with its loss, in forward, while its logits are at hand: three GEMMs, where recomputing the
+logits in backward would take a fourth. Backward multiplies dh and dw, which were kept, by the scalar that arrives. Rows
+labelled IGNORE_INDEX are not counted: loss 0, gradient 0. A label that is no token gives NaN on a GPU and an IndexError on
+CPU. Softmax and loss are float32 inside; dw is summed over chunks in float32.
+
+`ChunkedLoss` computes in 16 bits, the one in `titan_fp8.float8.head` in FP8; both walk over chunks in `_Loss`.
+Shapes: N rows (batch * sequence), n rows of a chunk, D dim, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor, nn
+from torch.library import triton_op, wrap_triton
+
+IGNORE_INDEX = -100  # PyTorch's and torchtitan's default
+
+
+def chunk_rows(rows: int, vocabulary: int, largest: int) -> int:
+    """Rows per chunk: as few chunks of about `largest` logits as can be, equally long, a multiple of 128 (a GEMM's tile)."""
+    chunks = -(-rows * vocabulary // largest)
+    return -(-rows // (chunks * 128)) * 128
+
+
+def reference(logits_nV: Tensor, labels_n: Tensor, gradient: bool) -> tuple[Tensor, Tensor]:
+    """`cross_entropy_` in plain PyTorch."""
+    counted = labels_n != IGNORE_INDEX
+    wide = logits_nV.float()
+    labels_n1 = torch.where(counted, labels_n, 0)[:, None]
+    lse = wide.logsumexp(-1)
+    loss = torch.where(counted, lse - wide.gather(1, labels_n1)[:, 0], 0.0)
+    lse = torch.where(counted, lse, torch.inf)
+    if gradient:
+        dl = torch.exp(wide - lse[:, None])
+        logits_nV.copy_(dl.scatter_add_(1, labels_n1, -counted[:, None].float()))
+    return loss, lse
+
+
+@triton.jit
+def _cross_entropy_kernel(
+    logits_ptr, labels_ptr, loss_ptr, lse_ptr, V, IGNORE: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    logits_ptr += row * V
+    label = tl.load(labels_ptr + row)
+    counted, token = label != IGNORE, (label >= 0) & (label < V)
+    at_label = tl.load(logits_ptr + label, mask=token, other=float("nan")).to(tl.float32)
+    columns = tl.arange(0, BLOCK)
+    largest = -3.0e38  # finite: a block of -inf must not give inf - inf
+    total = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, V, BLOCK):
+        inside = start + columns < V
+        x = tl.load(logits_ptr + start + columns, mask=inside, other=-float("inf")).to(tl.float32)
+        larger = tl.maximum(largest, tl.max(x, 0))  # passes over NaN, which stays in total
+        total = total * tl.exp(largest - larger) + tl.exp(x - larger)
+        largest = larger
+    lse = largest + tl.log(tl.sum(total, 0))
+    tl.store(loss_ptr + row, tl.where(counted, lse - at_label, 0.0))
+    lse = tl.where(token, lse, tl.where(counted, float("nan"), float("inf")))  # exp(x - inf) = 0
+    tl.store(lse_ptr + row, lse)
+    if GRADIENT:
+        # Backwards: what was read last is still in the cache.
+        for i in range(tl.cdiv(V, BLOCK), 0, -1):
+            column = (i - 1) * BLOCK + columns
+            x = tl.load(logits_ptr + column, mask=column < V).to(tl.float32)
+            dl = tl.exp(x - lse) - tl.where(column == label, 1.0, 0.0)
+            tl.store(logits_ptr + column, dl.to(logits_ptr.dtype.element_ty), mask=column < V)
+
+
+@triton_op("titan_fp8::cross_entropy_", mutates_args={"logits_nV"})
+def cross_entropy_op(logits_nV: Tensor, labels_n: Tensor, gradient: bool) -> tuple[Tensor, Tensor]:
+    """The kernel behind `cross_entropy_`: one row a program, which reads it from memory once and again from the cache."""
+    rows, vocabulary = logits_nV.shape
+    loss = torch.empty(rows, dtype=torch.float32, device=logits_nV.device)
+    lse = torch.empty_like(loss)
+    block = min(8192, triton.next_power_of_2(vocabulary))
+    wrap_triton(_cross_entropy_kernel)[(rows,)](
+        logits_nV, labels_n, loss, lse, vocabulary,
+        IGNORE=IGNORE_INDEX, GRADIENT=gradient, BLOCK=block, num_warps=max(1, block // 1024),
+    )  # fmt: skip
+    return loss, lse
+
+
+def cross_entropy_(logits_nV: Tensor, labels_n: Tensor, gradient: bool) -> tuple[Tensor, Tensor]:
+    """(loss, lse) [n] float32 of contiguous logits in any float dtype and int64 labels; lse is inf in rows not counted.
+
+    With `gradient` the logits are overwritten with d loss / d logits = exp(logits - lse) - onehot(label).
+    """
+    run = cross_entropy_op if logits_nV.device.type == "cuda" else reference
+    return run(logits_nV, labels_n, gradient)
+
+
+def add_product(total: Tensor | None, a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """total + a b in `dtype`, in place; a b where there is no total yet."""
+    if dtype == a.dtype:
+        return a @ b if total is None else total.addmm_(a, b)
+    if a.device.type == "cuda":
+        if total is None:
+            return torch.mm(a, b, out_dtype=dtype)
+        return torch.addmm(total, a, b, out_dtype=dtype, out=total)
+    product = (a @ b).to(dtype)  # CPU has no product of bfloat16 in float32
+    return product if total is None else total.add_(product)
+
+
+@triton.jit
+def _scale_kernel(x_ptr, factor_ptr, size, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + at, mask=at < size).to(tl.float32)
+    tl.store(x_ptr + at, (x * tl.load(factor_ptr)).to(x_ptr.dtype.element_ty), mask=at < size)
+
+
+@triton_op("titan_fp8::scale_", mutates_args={"x"})
+def scale_op(x: Tensor, factor: Tensor) -> None:
+    """The kernel behind `scale_`. PyTorch's own product with type promotion takes three times as long."""
+    wrap_triton(_scale_kernel)[(triton.cdiv(x.numel(), 4096),)](x, factor, x.numel(), BLOCK=4096, num_warps=4)
+
+
+def scale_(x: Tensor, factor: Tensor) -> Tensor:
+    """Contiguous x times `factor` (0-dim float32), in place, in float32 and rounded once."""
+    if x.device.type == "cuda":
+        scale_op(x, factor)
+        return x
+    return x.mul_(factor.view(1))  # as a vector it counts in type promotion
+
+
+class Head:
+    """The head's products in h's dtype. `chunk` gives a chunk's loss and, if `gradients`, adds its part to dh and dw.
+
+    h_ND, w_VD: not differentiable here. dw comes in `dw_dtype`.
+    """
+
+    def __init__(self, h_ND: Tensor, w_VD: Tensor, gradients: bool, dw_dtype: torch.dtype):
+        self.h_ND, self.w_VD = h_ND, w_VD.to(h_ND.dtype)
+        self.gradients, self.dw_dtype = gradients, dw_dtype
+        self.dh_ND = torch.empty_like(h_ND) if gradients else None
+        self.dw_VD: Tensor | None = None
+
+    def chunk(self, rows: slice, labels_n: Tensor) -> Tensor:
+        """The summed loss of these rows, 0-dim float32."""
+        h_nD = self.h_ND[rows]
+        logits_nV = h_nD @ self.w_VD.t()
+        loss, _ = cross_entropy_(logits_nV, labels_n, self.gradients)
+        if self.dh_ND is not None:
+            torch.mm(logits_nV, self.w_VD, out=self.dh_ND[rows])
+            self.dw_VD = add_product(self.dw_VD, logits_nV.t(), h_nD, self.dw_dtype)
+        return loss.sum()
+
+
+class _Loss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, h_ND, w_VD, labels_N, make_head, rows: int, gradients: bool):
+        dw_dtype = w_VD.dtype if rows >= len(h_ND) else torch.float32
+        with torch.autocast(h_ND.device.type, enabled=False):
+            head = make_head(h_ND, w_VD, gradients, dw_dtype)
+            loss = torch.zeros((), dtype=torch.float32, device=h_ND.device)
+            for start in range(0, len(h_ND), rows):
+                part = slice(start, start + rows)
+                loss += head.chunk(part, labels_N[part])
+        if gradients:
+            ctx.save_for_backward(head.dh_ND, head.dw_VD.to(w_VD.dtype))
+        return loss
+
+    @staticmethod
+    def backward(ctx, dloss):
+        # In place, since dw is large; autograd refuses a second backward, because what it saved has changed.
+        dh_ND, dw_VD = (scale_(gradient, dloss) for gradient in ctx.saved_tensors)
+        return dh_ND, dw_VD, None, None, None, None
+
+
+class ChunkedLoss(nn.Module):
+    """h [N, D], w [V, D], labels [N] int64 -> the summed cross-entropy of h w^T, 0-dim float32.
+
+    The products run in h's dtype, or in the autocast dtype under autocast. Without gradients only the loss is computed.
+    """
+
+    # 1 GiB of bfloat16. With fewer rows a dw GEMM is short beside the traffic of its float32 sum, which takes about 500 / n
+    # of the GEMM's time (700 TFLOP/s against 4.3 TB/s on an H200).
+    chunk_logits = 1 << 29
+
+    def forward(self, h_ND: Tensor, w_VD: Tensor, labels_N: Tensor) -> Tensor:
+        device_type = h_ND.device.type
+        if torch.is_autocast_enabled(device_type):
+            h_ND = h_ND.to(torch.get_autocast_dtype(device_type))
+        gradients = torch.is_grad_enabled() and (h_ND.requires_grad or w_VD.requires_grad)
+        rows = chunk_rows(len(h_ND), len(w_VD), self.chunk_logits)
+        return _Loss.apply(h_ND.contiguous(), w_VD, labels_N, self.head, rows, gradients)
+
+    def head(self, h_ND: Tensor, w_VD: Tensor, gradients: bool, dw_dtype: torch.dtype) -> Head:
+        return Head(h_ND, w_VD, gradients, dw_dtype)
