@@ -4,9 +4,17 @@
 #   CONFIG_FILE     a TOML file                              train_configs/debug.toml
 #   NGPU            processes on this machine                the GPUs that torch sees, or 1 on CPU
 #   LOG_RANK        ranks of this machine that print here    0 (comma-separated; the others write to files)
-#   NNODES          machines                                 1
-#   RDZV_ENDPOINT   host:port of one machine                 needed if NNODES > 1
-#   NODE_RANK       this machine's number, from 0            assigned at the rendezvous if unset
+#   MAX_RESTARTS    how often all processes start again,     0
+#                   from the newest checkpoint, if one dies
+#   NNODES          machines; start this on each of them     1
+#   RDZV_ENDPOINT   host:port of one machine                 needed if NNODES > 1; MASTER_ADDR, MASTER_PORT do too
+#   NODE_RANK       0 on the machine of RDZV_ENDPOINT        found by its name if unset
+#   RDZV_ID         a name that no other job there has       titan_fp8
+#
+# SIGTERM: the run saves a checkpoint after the step under way (on GPUs: after the next one), all machines stop, and this
+# script exits with status 143: not 0, so that no scheduler takes the job for finished. The same command goes on from there. A
+# second SIGTERM, SIGINT or SIGHUP: torchrun stops its processes within 30 s. A file that appears at TITAN_FP8_STOP_FILE does
+# what SIGTERM does. tools/launch has examples for SLURM and Kubernetes.
 #
 # The environment is found or made by tools/setup_env.sh. Everything after the name goes to titan_fp8.train;
 # --help lists it.
@@ -25,6 +33,19 @@ for argument in "$@"; do
 done
 [ -f "$config" ] ||
     fail "CONFIG_FILE must be a TOML file, got $config; there are: $(cd "$root" && echo train_configs/*.toml)"
+
+nnodes=${NNODES:-1}
+[[ $nnodes =~ ^[1-9][0-9]*$ ]] || fail "NNODES must be a positive number, got $nnodes; leave it out for one machine"
+endpoint=${RDZV_ENDPOINT:-${MASTER_ADDR:+$MASTER_ADDR:${MASTER_PORT:-29500}}}
+if [ "$nnodes" -gt 1 ] && ! [[ $endpoint =~ ^.+:[0-9]+$ ]]; then
+    fail "RDZV_ENDPOINT must be host:port of one machine if NNODES > 1, got ${endpoint:-nothing}; set it, the same on all machines"
+fi
+node=${NODE_RANK:-0}
+if ! [[ $node =~ ^[0-9]+$ ]] || [ "$node" -ge "$nnodes" ]; then
+    fail "NODE_RANK must be a number below NNODES ($nnodes), got $node; machines count from 0"
+fi
+restarts=${MAX_RESTARTS:-0}
+[[ $restarts =~ ^[0-9]+$ ]] || fail "MAX_RESTARTS must be a number, got $restarts; leave it out for none"
 
 # shellcheck disable=SC2119 # our arguments are the trainer's
 setup_env
@@ -59,11 +80,6 @@ if [ "$gpus" -gt 0 ] && [ "$ngpu" -gt "$gpus" ]; then
 fi
 show=${LOG_RANK:-0}
 [[ $show =~ ^[0-9]+(,[0-9]+)*$ ]] || fail "LOG_RANK must be ranks separated by commas, got $show; for example LOG_RANK=0,1"
-nnodes=${NNODES:-1}
-[[ $nnodes =~ ^[1-9][0-9]*$ ]] || fail "NNODES must be a positive number, got $nnodes; leave it out for one machine"
-if [ "$nnodes" -gt 1 ] && [ -z "${RDZV_ENDPOINT:-}" ]; then
-    fail "RDZV_ENDPOINT must be set if NNODES > 1, got nothing; set it to host:port of one machine, on all machines"
-fi
 
 # torchrun's --tee would put a pipe in place of the terminal; ranks that are shown keep the terminal instead.
 redirects=()
@@ -74,13 +90,19 @@ for ((rank = 0; rank < ngpu; rank++)); do
     esac
 done
 logs=/dev/null # nothing to write, so no empty folders either
-launch=(-m torch.distributed.run --nnodes "$nnodes" --nproc-per-node "$ngpu" --rdzv-id titan_fp8)
+launch=(-m torch.distributed.run --nnodes "$nnodes" --nproc-per-node "$ngpu" --max-restarts "$restarts")
+launch+=(--rdzv-id "${RDZV_ID:-titan_fp8}")
+[ "$nnodes" -gt 1 ] || endpoint=localhost:0
+# Not the static rendezvous where NODE_RANK is known: it never learns that a process died on another machine.
+launch+=(--rdzv-backend c10d --rdzv-endpoint "$endpoint")
 if [ -n "${NODE_RANK:-}" ] && [ "$nnodes" -gt 1 ]; then
-    launch+=(--rdzv-backend static --node-rank "$NODE_RANK")
-else
-    launch+=(--rdzv-backend c10d)
+    launch+=(--rdzv-conf "is_host=$([ "$node" = 0 ] && echo true || echo false)")
 fi
-launch+=(--rdzv-endpoint "${RDZV_ENDPOINT:-localhost:0}")
+if [ "$restarts" -gt 0 ]; then
+    # torchrun's own store, which processes use by default, outlives them: after a restart they would read in it the
+    # addresses of the dead (pytorch issue 135712).
+    export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+fi
 if [ "${#redirects[@]}" -gt 0 ]; then
     logs=$dump/logs
     launch+=(--redirects "$(IFS=, && printf '%s' "${redirects[*]}")")
@@ -94,16 +116,34 @@ if [ "$gpus" -gt 0 ] && [ "$threads" -gt 8 ]; then
 fi
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$threads}
 
-# The trainer's one-line error goes through this file, so that it can be the last line, below torchrun's report.
-TITAN_FP8_ERROR_FILE=$(mktemp)
-export TITAN_FP8_ERROR_FILE
-trap 'rm -f "$TITAN_FP8_ERROR_FILE"' EXIT
+# Beside the processes: the trainer's one-line error, so that it can be the last line, below torchrun's report; and the file
+# by which a run is asked to stop, and in which it answers.
+notes=$(mktemp -d)
+trap 'rm -rf "$notes"' EXIT
+export TITAN_FP8_ERROR_FILE=$notes/error TITAN_FP8_STOP_FILE=${TITAN_FP8_STOP_FILE:-$notes/stop}
+: >"$TITAN_FP8_ERROR_FILE"
 
 # In the background, so that a signal reaches us at once; torchrun then stops its processes.
 "$PY" "${launch[@]}" "${given[@]}" <&0 &
 child=$!
 stopped=""
-trap 'stopped=yes; kill -TERM "$child" 2>/dev/null' INT TERM HUP
+# shellcheck disable=SC2329 # traps call it
+stop_now() {
+    stopped=130
+    kill -TERM "$child" 2>/dev/null
+}
+# shellcheck disable=SC2329 # traps call it
+stop_soon() {
+    if [ -n "$stopped" ]; then
+        kill -TERM "$child" 2>/dev/null
+        return
+    fi
+    stopped=143
+    : >>"$TITAN_FP8_STOP_FILE"
+    printf 'SIGTERM: a checkpoint is saved after this step; a second one stops at once.\n' >&2
+}
+trap stop_now INT HUP
+trap stop_soon TERM
 wait "$child"
 status=$?
 while kill -0 "$child" 2>/dev/null; do # a signal ended only the wait
@@ -112,9 +152,13 @@ while kill -0 "$child" 2>/dev/null; do # a signal ended only the wait
 done
 trap - INT TERM HUP
 
-if [ -n "$stopped" ]; then
+if [ -s "$TITAN_FP8_STOP_FILE" ]; then
+    head -n 1 "$TITAN_FP8_STOP_FILE" >&2
+    exit "${stopped:-143}"
+fi
+if [ -n "$stopped" ] && [ "$status" -ne 0 ]; then
     printf 'error: stopped by a signal; start again with the same command to go on from the last checkpoint\n' >&2
-    exit 130
+    exit "$stopped"
 fi
 if [ "$status" -ne 0 ]; then
     message=$(head -n 1 "$TITAN_FP8_ERROR_FILE")

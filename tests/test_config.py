@@ -307,7 +307,10 @@ def test_broken_combination_names_both_sources():
         ("--parallelism.context_parallel_degree=2", "[parallelism] context_parallel_degree must be 1"),
         ("--parallelism.expert_parallel_degree=2", "[parallelism] expert_parallel_degree must be 1"),
         ("--parallelism.expert_tensor_parallel_degree=2", "expert_tensor_parallel_degree must be 1"),
-        ("--parallelism.tensor_parallel_degree=2", "it comes with the multi-GPU work"),
+        ("--parallelism.tensor_parallel_degree=2 --training.seq_len=33", "a stretch of each sequence, got 33: write 34"),
+        ("--parallelism.tensor_parallel_degree=2 --training.seq_len=10", "seq_len * local_batch_size must be a multiple"),
+        ("--parallelism.tensor_parallel_degree=2 --parallelism.disable_loss_parallel", "always computed in parallel"),
+        ("--parallelism.enable_async_tensor_parallel", "enable_async_tensor_parallel must be false"),
         ("--parallelism.data_parallel_replicate_degree=2 --parallelism.data_parallel_shard_degree=1", "DDP"),
         ("--memory_estimation.enable", "[memory_estimation] enable must be false"),
         ("--fault_tolerance.enable", "[fault_tolerance] enable must be false"),
@@ -416,11 +419,11 @@ def test_help_shows_every_key_and_our_meanings(schema, capsys, monkeypatch):
     for key, kind in schema.items():
         if not dataclasses.is_dataclass(kind):
             assert f"--{key.replace('_', '-')}" in squeezed, key
-    sections = {f.type.__name__ for f in dataclasses.fields(JobConfig)} | {"LossScale"}
+    sections = {f.type.__name__ for f in dataclasses.fields(JobConfig)} | {"LossScale", "Fp8Adam"}
     meanings = own_meanings()
     assert "Fp8.recipe" in meanings
     for key, meaning in meanings.items():
-        if key.split(".")[0] in sections and key != "Fp8.loss_scale":
+        if key.split(".")[0] in sections and key not in ("Fp8.loss_scale", "Optimizer.fp8"):
             assert meaning, f"{key} has no meaning"
             assert "\n" not in meaning
             assert re.sub(r"\s", "", meaning) in squeezed, key

@@ -28,6 +28,8 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_saver import AsyncSaveResponse
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torchtitan.components.checkpoint import MODEL, AsyncMode, CheckpointManager
 from torchtitan.tools.logging import logger
 
@@ -60,6 +62,8 @@ class SafeCheckpointManager(CheckpointManager):
         # An async save in flight: its step, and a future that is done once step-<n> has its name (rank 0)
         # or is written (other ranks). Set first: close() runs even if the base class's constructor fails.
         self._pending: tuple[int, Future[None]] | None = None
+        self._last_saved = -1
+        self._forced = False  # by save_now
         super().__init__(*args, **kwargs)
         if self.enable and not self.load_only:
             self._together(
@@ -67,6 +71,23 @@ class SafeCheckpointManager(CheckpointManager):
             )
 
     # Saving
+
+    def save_now(self, step: int) -> bool:
+        """Save `step` whole, whatever the interval, and wait until it has its name. False if this run saves nothing.
+
+        Collective. Raises UserError as a save does.
+        """
+        if not self.enable or self.load_only:
+            return False
+        if step != self._last_saved:
+            self._forced = True
+            self.save(step)
+            self._forced = False
+        self._async_wait()
+        return True
+
+    def _should_save(self, curr_step: int, last_step: bool = False) -> bool:
+        return self._forced or super()._should_save(curr_step, last_step)
 
     def dcp_save(
         self,
@@ -85,6 +106,7 @@ class SafeCheckpointManager(CheckpointManager):
         step = int(checkpoint_id.rpartition("-")[2])
         partial = self._path(folders.PARTIAL, step)
         self._together(lambda: folders.make_empty(partial), only_rank0=True, doing=f"save step-{step}")
+        state_dict = _unwrapped(state_dict)
         if to_hf:
             state_dict = _without_fp8_state(state_dict)
         try:
@@ -105,6 +127,7 @@ class SafeCheckpointManager(CheckpointManager):
         if async_mode != AsyncMode.DISABLED:
             assert result is not None
             self._publish_when_done(step, result)
+        self._last_saved = step
         return result
 
     def close(self) -> None:
@@ -215,6 +238,7 @@ class SafeCheckpointManager(CheckpointManager):
         FP8 scaling state loads as a whole or not at all: without it, scales start from the first step.
         Raises UserError.
         """
+        state_dict = _unwrapped(state_dict)
         if from_hf:
             super().dcp_load(_without_fp8_state(state_dict), checkpoint_id, from_hf, from_quantized)
             return
@@ -224,6 +248,12 @@ class SafeCheckpointManager(CheckpointManager):
             raise UserError(self._unreadable(checkpoint_id, error)) from error
         self._check_weights(state_dict, metadata, checkpoint_id)
         self._check_other_states(state_dict, metadata, checkpoint_id)
+        for key, value in state_dict.items():
+            if hasattr(
+                value, "prepare_to_load"
+            ):  # the optimizer reads, or refuses, another format of its moments
+                saved = metadata.state_dict_metadata
+                value.prepare_to_load([n.removeprefix(f"{key}.") for n in saved if n.startswith(f"{key}.")])
         if not _fp8_state_matches(state_dict, metadata):
             state_dict = _without_fp8_state(state_dict)
         try:
@@ -353,6 +383,25 @@ class SafeCheckpointManager(CheckpointManager):
                 if reason is None:
                     raise RuntimeError(f"could not {doing}: rank {rank} failed with {words}")
                 raise UserError(self._cannot(doing, reason)) from error
+
+
+def _unwrapped(state_dict: dict[str, Any]) -> dict[str, Any]:
+    """The same memory without the wrapper that a weight has while FSDP2 gathers it in FP8 (float8/weights.py).
+
+    Wrapped ones would be pickled, class and all, and then only such models could read them.
+    """
+
+    def unwrap(value: Any) -> Any:
+        local = value._local_tensor if isinstance(value, DTensor) else None
+        if local is None or not is_traceable_wrapper_subclass(local):
+            return value
+        (name,), _ = local.__tensor_flatten__()
+        return DTensor.from_local(
+            getattr(local, name), value.device_mesh, value.placements, run_check=False, shape=value.shape,
+            stride=value.stride(),
+        )  # fmt: skip
+
+    return {name: unwrap(value) for name, value in state_dict.items()}
 
 
 def _without_fp8_state(state_dict: dict[str, Any]) -> dict[str, Any]:

@@ -10,19 +10,47 @@ No torch and no torchtitan here: tools that only look for checkpoints start at o
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import os
+import platform
 import re
 import shutil
 from pathlib import Path
+
+from titan_fp8.errors import UserError
 
 logger = logging.getLogger()  # torchtitan's: the root logger
 
 STEP, PARTIAL, REPLACED, STALE = "step-", "partial-", "replaced-", "stale-"
 """Prefixes. Only complete checkpoints may contain "step-<n>": torchtitan and other readers search for it."""
 
+LOCK = ".running"
+"""File in a run's dump folder, locked by its first process."""
+
 TORCH_TABLE, HF_TABLE = ".metadata", "model.safetensors.index.json"
 """The file that is written last: table of contents of torch's format, or of a Hugging Face export."""
+
+
+def claim(folder: Path) -> int:
+    """Make `folder` this run's while this process lives. Returns an open file, whose lock ends with the process.
+
+    Raises UserError if a run that is alive has it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    file = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        owner = os.read(file, 200).decode(errors="replace").strip()
+        os.close(file)
+        raise UserError(
+            f"job.dump_folder must belong to one run at a time, but {folder} is being written by {owner or 'another'}: stop "
+            "that one, or choose another --job.dump_folder"
+        ) from None
+    os.ftruncate(file, 0)
+    os.write(file, f"process {os.getpid()} on {platform.node()}".encode())
+    return file
 
 
 def complete_steps(folder: str | os.PathLike[str]) -> list[int]:

@@ -113,6 +113,9 @@ class Fp8:
     lm_head: Literal["bf16", "fp8"] = "bf16"
     """Precision of the LM head's three GEMMs; fp8 needs recipe "delayed"."""
 
+    all_gather: Literal["fp8", "bf16"] = "fp8"
+    """What FSDP2 gathers converted weights in: fp8 halves the bytes and changes no number (recipe "delayed")."""
+
     filter: list[str] = field(default_factory=lambda: ["layers.*"])
     """Globs of linear modules to convert; "!pattern" takes names out. One matching nothing is an error."""
 
@@ -133,7 +136,7 @@ class Fp8Adam:
     """AdamW whose moments take one byte each. lr, betas, eps and weight_decay are those of [optimizer]."""
 
     enable: bool = False
-    """Use it instead of torch's AdamW. A checkpoint of either kind cannot be resumed with settings of another."""
+    """Use it instead of torch's AdamW."""
 
     first_moment: Literal["e4m3", "e5m2", "bf16", "fp32"] = "e4m3"
     """Format of the averaged gradient."""
@@ -664,8 +667,7 @@ def _broken_rules(c: Any) -> Iterator[tuple[str, str, str]]:
     for name in ("pipeline", "context", "expert", "expert_tensor"):
         if _get(c, key := f"parallelism.{name}_parallel_degree") > 1:
             yield key, "must be 1: this parallelism is not supported", supported
-    if c.parallelism.tensor_parallel_degree > 1:
-        yield "parallelism.tensor_parallel_degree", "must be 1: it comes with the multi-GPU work", supported
+    yield from _unfit_for_tensor_parallel(c)
     if c.parallelism.data_parallel_replicate_degree > 1 and c.parallelism.data_parallel_shard_degree == 1:
         rule = (
             "must be 1 where the shard degree is 1: plain DDP in torchtitan 0.2.2 shrinks the gradient norm"
@@ -710,3 +712,23 @@ def _broken_rules(c: Any) -> Iterator[tuple[str, str, str]]:
     if profiling.profiler_warmup + profiling.profiler_active > profiling.profile_freq:
         rule = "must be at least profiler_warmup + profiler_active"
         yield "profiling.profile_freq", rule, f"write {profiling.profiler_warmup + profiling.profiler_active}"
+
+
+def _unfit_for_tensor_parallel(c: Any) -> Iterator[tuple[str, str, str]]:
+    degree, off = c.parallelism.tensor_parallel_degree, "leave it out"
+    if c.parallelism.enable_async_tensor_parallel:
+        yield "parallelism.enable_async_tensor_parallel", "must be false: it is not supported", off
+    if degree == 1:
+        return
+    if c.parallelism.disable_loss_parallel:
+        yield "parallelism.disable_loss_parallel", "must be false: the loss is always computed in parallel", off
+    sections = ("training", "validation") if c.validation.enable else ("training",)
+    for name in sections:
+        section = _get(c, name)
+        key, rows = f"{name}.seq_len", section.seq_len * section.local_batch_size
+        if section.seq_len % degree:
+            rule = f"must be a multiple of tensor_parallel_degree ({degree}): every rank has a stretch of each sequence"
+            yield key, rule, f"write {-(-section.seq_len // degree) * degree}"
+        elif c.fp8.recipe != "bf16" and rows // degree % 16:
+            rule = f"* local_batch_size must be a multiple of 16 * tensor_parallel_degree ({16 * degree}) for FP8 GEMMs"
+            yield key, rule, "change one of them"

@@ -8,8 +8,15 @@ logits in backward would take a fourth. Backward multiplies dh and dw, which wer
 labelled IGNORE_INDEX are not counted: loss 0, gradient 0. A label that is no token gives NaN on a GPU and an IndexError on
 CPU. Softmax and loss are float32 inside; dw is summed over chunks in float32.
 
+Tensor parallel, T ranks: every rank has N/T rows of h and V/T tokens of w. h is gathered once; of a chunk a rank computes its
+tokens' logits, and all learn all ranks' (lse, logit of the label) of each row, two numbers [T, 2, n] float32:
+
+    lse = log sum_ranks exp lse_rank      logits[label] = sum_ranks (0 where another rank has the token)
+
+dh is then a part of a sum, which is scattered over the rows; dw is the rank's own.
+
 `ChunkedLoss` computes in 16 bits, the one in `titan_fp8.float8.head` in FP8; both walk over chunks in `_Loss`.
-Shapes: N rows (batch * sequence), n rows of a chunk, D dim, V vocabulary.
+Shapes: N rows (batch * sequence), n rows of a chunk, D dim, V vocabulary (of this rank).
 """
 
 from __future__ import annotations
@@ -19,6 +26,8 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 from torch.library import triton_op, wrap_triton
+
+from titan_fp8.tensor_parallel import Ranks, all_gather, reduce_scatter
 
 IGNORE_INDEX = -100  # PyTorch's and torchtitan's default
 
@@ -97,6 +106,63 @@ def cross_entropy_(logits_nV: Tensor, labels_n: Tensor, gradient: bool) -> tuple
     return run(logits_nV, labels_n, gradient)
 
 
+def reference_gradient(logits_nV: Tensor, labels_n: Tensor, lse_n: Tensor) -> None:
+    """`cross_entropy_gradient_` in plain PyTorch."""
+    columns = torch.arange(logits_nV.shape[1], device=logits_nV.device)
+    dl = torch.exp(logits_nV.float() - lse_n[:, None]) - (columns == labels_n[:, None]).float()
+    logits_nV.copy_(dl)
+
+
+@triton.jit
+def _gradient_kernel(logits_ptr, labels_ptr, lse_ptr, V, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    logits_ptr += row * V
+    x = tl.load(logits_ptr + column, mask=column < V).to(tl.float32)
+    dl = tl.exp(x - tl.load(lse_ptr + row)) - tl.where(column == tl.load(labels_ptr + row), 1.0, 0.0)
+    tl.store(logits_ptr + column, dl.to(logits_ptr.dtype.element_ty), mask=column < V)
+
+
+@triton_op("titan_fp8::cross_entropy_gradient_", mutates_args={"logits_nV"})
+def gradient_op(logits_nV: Tensor, labels_n: Tensor, lse_n: Tensor) -> None:
+    """The kernel behind `cross_entropy_gradient_`: some columns of one row a program."""
+    rows, vocabulary = logits_nV.shape
+    block = min(8192, triton.next_power_of_2(vocabulary))
+    wrap_triton(_gradient_kernel)[(rows, triton.cdiv(vocabulary, block))](
+        logits_nV, labels_n, lse_n, vocabulary, BLOCK=block, num_warps=max(1, block // 1024)
+    )
+
+
+def cross_entropy_gradient_(logits_nV: Tensor, labels_n: Tensor, lse_n: Tensor) -> None:
+    """Overwrite contiguous logits with exp(logits - lse) - onehot(label), given lse [n] float32; no one where label is no column."""
+    run = gradient_op if logits_nV.device.type == "cuda" else reference_gradient
+    run(logits_nV, labels_n, lse_n)
+
+
+def split_cross_entropy_(
+    logits_nV: Tensor, labels_n: Tensor, gradient: bool, tp: Ranks | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`cross_entropy_` of logits whose columns are split over `tp`'s ranks: (loss, lse, labels as this rank's columns) [n].
+
+    labels are tokens of the whole vocabulary, loss and lse those of whole rows. A label that is no token gives NaN.
+    """
+    if tp is None:
+        return *cross_entropy_(logits_nV, labels_n, gradient), labels_n
+    vocabulary = logits_nV.shape[1]
+    column = labels_n - tp.rank * vocabulary
+    here = (column >= 0) & (column < vocabulary)
+    _, lse = cross_entropy_(logits_nV, torch.zeros_like(labels_n), False)
+    at_label = logits_nV.gather(1, torch.where(here, column, 0)[:, None])[:, 0].float()
+    parts_Tn2 = all_gather(torch.stack((lse, torch.where(here, at_label, 0.0)), -1), tp).unflatten(0, (tp.size, -1))
+    lse, at_label = parts_Tn2[..., 0].logsumexp(0), parts_Tn2[..., 1].sum(0)
+    counted, token = labels_n != IGNORE_INDEX, (labels_n >= 0) & (labels_n < tp.size * vocabulary)
+    lse = torch.where(token, lse, torch.where(counted, torch.nan, torch.inf))  # exp(x - inf) = 0
+    loss = torch.where(counted, lse - at_label, 0.0)
+    if gradient:
+        cross_entropy_gradient_(logits_nV, column, lse)
+    return loss, lse, column
+
+
 def add_product(total: Tensor | None, a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     """total + a b in `dtype`, in place; a b where there is no total yet."""
     if dtype == a.dtype:
@@ -133,20 +199,31 @@ def scale_(x: Tensor, factor: Tensor) -> Tensor:
 class Head:
     """The head's products in h's dtype. `chunk` gives a chunk's loss and, if `gradients`, adds its part to dh and dw.
 
-    h_ND, w_VD: not differentiable here. dw comes in `dw_dtype`.
+    h, w_VD: not differentiable here; h is this rank's rows [N/T, D], and `gather_h` makes them all. dw comes in `dw_dtype`.
     """
 
-    def __init__(self, h_ND: Tensor, w_VD: Tensor, gradients: bool, dw_dtype: torch.dtype):
-        self.h_ND, self.w_VD = h_ND, w_VD.to(h_ND.dtype)
+    def __init__(self, h: Tensor, w_VD: Tensor, gradients: bool, dw_dtype: torch.dtype, tp: Ranks | None):
+        self.dtype, self.tp = h.dtype, tp
+        self.w_VD = w_VD.to(h.dtype)
         self.gradients, self.dw_dtype = gradients, dw_dtype
-        self.dh_ND = torch.empty_like(h_ND) if gradients else None
+        self.gather_h(h)
+        rows = len(h) * (1 if tp is None else tp.size)
+        self.dh_ND = h.new_empty((rows, h.shape[1])) if gradients else None
         self.dw_VD: Tensor | None = None
+
+    def gather_h(self, h: Tensor) -> None:
+        self.h_ND = all_gather(h, self.tp)
+
+    def dh(self) -> Tensor:
+        """The gradient of `h`, when all chunks are through."""
+        assert self.dh_ND is not None
+        return reduce_scatter(self.dh_ND, self.tp)
 
     def chunk(self, rows: slice, labels_n: Tensor) -> Tensor:
         """The summed loss of these rows, 0-dim float32."""
         h_nD = self.h_ND[rows]
         logits_nV = h_nD @ self.w_VD.t()
-        loss, _ = cross_entropy_(logits_nV, labels_n, self.gradients)
+        loss, _, _ = split_cross_entropy_(logits_nV, labels_n, self.gradients, self.tp)
         if self.dh_ND is not None:
             torch.mm(logits_nV, self.w_VD, out=self.dh_ND[rows])
             self.dw_VD = add_product(self.dw_VD, logits_nV.t(), h_nD, self.dw_dtype)
@@ -155,30 +232,33 @@ class Head:
 
 class _Loss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, h_ND, w_VD, labels_N, make_head, rows: int, gradients: bool):
-        dw_dtype = w_VD.dtype if rows >= len(h_ND) else torch.float32
-        with torch.autocast(h_ND.device.type, enabled=False):
-            head = make_head(h_ND, w_VD, gradients, dw_dtype)
-            loss = torch.zeros((), dtype=torch.float32, device=h_ND.device)
-            for start in range(0, len(h_ND), rows):
+    def forward(ctx, h, w_VD, labels_N, make_head, rows: int, gradients: bool):
+        dw_dtype = w_VD.dtype if rows >= len(labels_N) else torch.float32
+        with torch.autocast(h.device.type, enabled=False):
+            head = make_head(h, w_VD, gradients, dw_dtype)
+            loss = torch.zeros((), dtype=torch.float32, device=h.device)
+            for start in range(0, len(labels_N), rows):
                 part = slice(start, start + rows)
                 loss += head.chunk(part, labels_N[part])
         if gradients:
-            ctx.save_for_backward(head.dh_ND, head.dw_VD.to(w_VD.dtype))
+            ctx.save_for_backward(head.dh(), head.dw_VD.to(w_VD.dtype))
         return loss
 
     @staticmethod
     def backward(ctx, dloss):
         # In place, since dw is large; autograd refuses a second backward, because what it saved has changed.
-        dh_ND, dw_VD = (scale_(gradient, dloss) for gradient in ctx.saved_tensors)
-        return dh_ND, dw_VD, None, None, None, None
+        dh, dw_VD = (scale_(gradient, dloss) for gradient in ctx.saved_tensors)
+        return dh, dw_VD, None, None, None, None
 
 
 class ChunkedLoss(nn.Module):
     """h [N, D], w [V, D], labels [N] int64 -> the summed cross-entropy of h w^T, 0-dim float32.
 
     The products run in h's dtype, or in the autocast dtype under autocast. Without gradients only the loss is computed.
+    With `tp`: h [N/T, D], w [V/T, D], and the labels of all N rows, in `by_rank` order; the loss is that of all.
     """
+
+    tp: Ranks | None = None
 
     # 1 GiB of bfloat16. With fewer rows a dw GEMM is short beside the traffic of its float32 sum, which takes about 500 / n
     # of the GEMM's time (700 TFLOP/s against 4.3 TB/s on an H200).
@@ -189,8 +269,8 @@ class ChunkedLoss(nn.Module):
         if torch.is_autocast_enabled(device_type):
             h_ND = h_ND.to(torch.get_autocast_dtype(device_type))
         gradients = torch.is_grad_enabled() and (h_ND.requires_grad or w_VD.requires_grad)
-        rows = chunk_rows(len(h_ND), len(w_VD), self.chunk_logits)
+        rows = chunk_rows(len(labels_N), len(w_VD), self.chunk_logits)
         return _Loss.apply(h_ND.contiguous(), w_VD, labels_N, self.head, rows, gradients)
 
-    def head(self, h_ND: Tensor, w_VD: Tensor, gradients: bool, dw_dtype: torch.dtype) -> Head:
-        return Head(h_ND, w_VD, gradients, dw_dtype)
+    def head(self, h: Tensor, w_VD: Tensor, gradients: bool, dw_dtype: torch.dtype) -> Head:
+        return Head(h, w_VD, gradients, dw_dtype, self.tp)

@@ -35,6 +35,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from titan_fp8.errors import UserError
 from titan_fp8.float8.formats import E4M3, E5M2, FP8_MAX, is_fp8, scale_from_amax, short_name
@@ -207,7 +208,9 @@ class Fp8AdamW(torch.optim.Optimizer):
         if not cuda and not found_inf:
             _reference_step(plan, grads, table, inverse)
         if not plan.rule.block:
-            new = scale_from_amax(plan.amaxes.view(torch.float32), plan.largest)
+            amaxes = plan.amaxes.view(torch.float32).unbind(1)
+            largest = (FP8_MAX.get(dtype, 1.0) for dtype in self.formats.values())
+            new = torch.stack([scale_from_amax(*pair) for pair in zip(amaxes, largest, strict=True)], 1)
             plan.scales.copy_(torch.where(acts[:, None], new, plan.scales))
 
     def _plan(self, index: int, group: dict[str, Any], grads: list[Tensor | None]) -> _Plan:
@@ -279,9 +282,8 @@ class _Plan:
         self.slots = [
             _slot(p, state, first + i) for i, (p, state) in enumerate(zip(params, states, strict=True))
         ]
-        largest = [[FP8_MAX.get(slot.m.dtype, 1.0), FP8_MAX.get(slot.v.dtype, 1.0)] for slot in self.slots]
-        self.largest = torch.tensor(largest, device=device)
-        self.meshes = {p.device_mesh for p in params if isinstance(p, DTensor)}
+        # In the same order on all ranks.
+        self.meshes = list(dict.fromkeys(p.device_mesh for p in params if isinstance(p, DTensor)))
         self.launches = self._launches() if device.type == "cuda" else []
         self._last: tuple[list[int], Tensor] | None = None
 
@@ -329,7 +331,12 @@ def _reference_step(plan: _Plan, grads: list[Tensor | None], table: Tensor, inve
 
 
 def _local(tensor: Tensor) -> Tensor:
-    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor.detach()
+    """This rank's part, as memory: without the wrapper that a weight has while FSDP2 gathers it in FP8."""
+    local = tensor._local_tensor if isinstance(tensor, DTensor) else tensor.detach()
+    if is_traceable_wrapper_subclass(local):
+        (name,), _ = local.__tensor_flatten__()
+        return getattr(local, name)
+    return local
 
 
 def _gradient(p: Tensor) -> Tensor | None:

@@ -13,6 +13,7 @@ import logging
 import math
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
 from titan_fp8 import device
@@ -24,10 +25,12 @@ import torch.distributed as dist  # noqa: E402
 from torch.distributed.tensor import DTensor  # noqa: E402
 from torchtitan import train as titan  # noqa: E402
 from torchtitan.components.loss import IGNORE_INDEX  # noqa: E402
+from torchtitan.config import TORCH_DTYPE_MAP  # noqa: E402
 from torchtitan.distributed import utils as dist_utils  # noqa: E402
 from torchtitan.tools.logging import init_logger, logger  # noqa: E402
 
 from titan_fp8.checkpoint import SafeCheckpointManager  # noqa: E402
+from titan_fp8.checkpoint_folder import claim  # noqa: E402
 from titan_fp8.config import load_config  # noqa: E402
 from titan_fp8.data.dataset import unigram_entropy  # noqa: E402
 from titan_fp8.errors import UserError  # noqa: E402
@@ -44,10 +47,21 @@ class Trainer(titan.Trainer):
         (self.model,) = self.model_parts
         self.scaling = scaling_state(self.model)
         self.loss_scaler = LossScaler(job_config.fp8.loss_scale, self.device)
+        dims = self.parallel_dims
+        if dims.tp_enabled and not dims.fsdp_enabled:  # torchtitan 0.2.2 would train in float32
+            dtype = TORCH_DTYPE_MAP[job_config.training.mixed_precision_param]
+            self.maybe_enable_amp = torch.autocast(self.device.type, dtype=dtype)
+            if job_config.validation.enable:
+                self.validator.amp = self.maybe_enable_amp
+            logger.info(f"Mixed precision training is handled by AMP after all, in {dtype}")
         self.parameters = {_plain(name): p for name, p in self.model.named_parameters()}
         blocks = {
             f"layers.{name}": block for name, block in self.model.get_submodule("layers").named_children()
         }
+        # [P] bool: parameters of which a tensor-parallel rank has a part. "tp" is the last dimension of their mesh.
+        self.split = torch.tensor(
+            [dims.tp_enabled and p.placements[-1].is_shard() for p in self.parameters.values()], device=self.device
+        )
         self.watch = FiniteWatch(blocks, list(self.parameters), self.device)
         self.token_bytes = torch.from_numpy(self.tokenizer.token_byte_lengths())  # stays on CPU, as labels do
         self.started = False  # has this process trained a step
@@ -158,8 +172,8 @@ class Trainer(titan.Trainer):
         return self.token_bytes[labels[labels != IGNORE_INDEX]].sum()
 
     def _anywhere(self, flag: torch.Tensor) -> torch.Tensor:
-        """[] bool: true on any data-parallel rank."""
-        if not self.parallel_dims.dp_enabled:
+        """[] bool: true on any rank."""
+        if not self.parallel_dims.dp_enabled:  # tensor-parallel ranks compute the same
             return flag
         number = flag.float()
         dist.all_reduce(number, op=dist.ReduceOp.MAX)
@@ -172,12 +186,16 @@ class Trainer(titan.Trainer):
 
     def _gradient_norms(self, grads: list[torch.Tensor]) -> torch.Tensor:
         """[P] float32: the norm of every parameter's whole gradient."""
-        norms = torch.stack(torch._foreach_norm(grads, 2.0, dtype=torch.float32))
-        if self.parallel_dims.fsdp_enabled:
-            squares = norms.square()
-            dist.all_reduce(squares, group=self.parallel_dims.get_mesh("fsdp").get_group())
-            norms = squares.sqrt()
-        return norms
+        squares = torch.stack(torch._foreach_norm(grads, 2.0, dtype=torch.float32)).square()
+        dims = self.parallel_dims
+        if dims.tp_enabled:
+            mesh = dims.get_mesh("tp")
+            if mesh.get_local_rank():  # what every rank has whole counts once
+                squares = torch.where(self.split, squares, 0.0)
+            dist.all_reduce(squares, group=mesh.get_group())
+        if dims.fsdp_enabled:
+            dist.all_reduce(squares, group=dims.get_mesh("fsdp").get_group())
+        return squares.sqrt()
 
     def _log(
         self,
@@ -278,6 +296,8 @@ def main() -> int:
     try:
         config = load_config(sys.argv[1:])
         init_logger()
+        if os.environ.get("RANK", "0") == "0":
+            claim(Path(config.job.dump_folder))
         _log_to_file(config)
         trainer = Trainer(config)
         results: list[str] = []

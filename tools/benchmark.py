@@ -44,6 +44,7 @@ from titan_fp8.float8.formats import BY_NAME  # noqa: E402
 from titan_fp8.float8.kernels.attention_forward import require_hopper  # noqa: E402
 from titan_fp8.model.args import FLAVORS, DecoderArgs  # noqa: E402
 from titan_fp8.model.decoder import Decoder  # noqa: E402
+from titan_fp8.optim import Fp8AdamW  # noqa: E402
 
 LEARNING_RATE, WARMUP_STEPS, MAX_NORM = 3e-4, 20, 1.0
 STATES, SUCCESSORS = 2048, 8  # of the Markov chain
@@ -73,6 +74,7 @@ class Recipe:
     linears: str
     attention: bool = False
     head: bool = False
+    adam: bool = False  # FP8 moments, by our optimizer
     forward: str = "auto"  # [fp8] attention_forward
 
 
@@ -85,6 +87,7 @@ VARIANTS = {
     "llama fp8 full": Recipe("llama", "delayed", True),
     "fog_max fp8 full": Recipe("fog_max", "delayed", True),
     "fog_max fp8 full + head": Recipe("fog_max", "delayed", True, True),
+    "fog_max fp8 full + head + adam": Recipe("fog_max", "delayed", True, True, True),
     "fog_opt fp8 full": Recipe("fog_opt", "delayed", True),
     "fog_flash fp8 full": Recipe("fog_flash", "delayed", True),
     # Not by default: on request.
@@ -93,7 +96,7 @@ VARIANTS = {
     "fog_max fp8 linears": Recipe("fog_max", "delayed"),
     "fog_max fp8 full, cudnn": Recipe("fog_max", "delayed", True, forward="cudnn"),
 }
-DEFAULT = list(VARIANTS)[:9]
+DEFAULT = list(VARIANTS)[:10]
 
 
 def shape_args(shape: Shape, seq_len: int, preset: str) -> DecoderArgs:
@@ -191,9 +194,11 @@ class Variant:
         self.model = build(shape, seq_len, VARIANTS[name]).to_empty(device="cuda").train()
         self.parameters = sum(p.numel() for p in self.model.parameters())
         self.scaling = scaling_state(self.model)
-        self.optimizer = torch.optim.AdamW(
-            self.model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.1, fused=True
-        )
+        settings: dict[str, Any] = {"lr": LEARNING_RATE, "betas": (0.9, 0.95), "weight_decay": 0.1}
+        if VARIANTS[name].adam:
+            self.optimizer: torch.optim.Optimizer = Fp8AdamW(self.model.parameters(), **settings)
+        else:
+            self.optimizer = torch.optim.AdamW(self.model.parameters(), **settings, fused=True)
         self.reset()
         for key, block in list(self.model.layers.named_children()):
             self.model.layers.register_module(key, torch.compile(block, fullgraph=True))

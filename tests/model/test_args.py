@@ -97,7 +97,7 @@ def test_flavors_are_copies():
     fresh = FLAVORS["debug"]
     assert (fresh.n_layers, fresh.vocab_size, fresh.norm_placement) == (4, 0, "post")
     assert FLAVORS["debug"] is not FLAVORS["debug"]
-    assert len(FLAVORS) == len(list(FLAVORS)) == 6
+    assert len(FLAVORS) == len(list(FLAVORS)) == 7
 
 
 def test_refusals(make_args):

@@ -19,7 +19,7 @@ from titan_fp8.model.parallelize import parallelize
 
 FP8 = Fp8(recipe="delayed", attention="full", amax_history=4)
 LINEARS = 2 * 4  # qkv, o, up, down
-NO_FSDP = SimpleNamespace(fsdp_enabled=False)
+NO_FSDP = SimpleNamespace(fsdp_enabled=False, tp_enabled=False)
 
 
 def config(mode: str = "none", option: str = "op", compile: bool = False) -> SimpleNamespace:
@@ -146,7 +146,7 @@ def test_fsdp_shards_blocks_and_changes_nothing(gloo, build, plain, tokens):
     from torch.distributed.device_mesh import init_device_mesh
 
     mesh = init_device_mesh("cpu", (1,), mesh_dim_names=("fsdp",))
-    dims = SimpleNamespace(fsdp_enabled=True, dp_replicate_enabled=False, get_mesh=lambda names: mesh)
+    dims = SimpleNamespace(fsdp_enabled=True, tp_enabled=False, dp_replicate_enabled=False, get_mesh=lambda names: mesh)
     model = build(config("full"), dims)
     units = [name for name, module in model.named_modules() if isinstance(module, FSDPModule)]
     assert units == ["", "layers.0", "layers.1"]

@@ -26,13 +26,13 @@ from torch import Tensor, nn
 
 from titan_fp8.errors import UserError
 
-from .formats import E4M3, E5M2, FP8_MAX, saturating_cast, scale_from_amax, short_name
+from .formats import E4M3, E5M2, saturating_cast, short_name
 from .kernels import attention as kernels
 from .kernels import attention_cudnn as cudnn
 from .kernels.attention import P_SCALE  # 256: exact in every format; P in (0, 1] fills E4M3 up to 256 of 448
 from .kernels.attention_forward import require_hopper
 from .kernels.gemm import bmm
-from .scaling import CastRule, Recipe, TensorScale, quantize, scale_in_use
+from .scaling import CastRule, Recipe, TensorScale, first_scale, quantize, scale_in_use
 
 BACKENDS = {"forward": ("triton", "cudnn", "reference"), "backward": ("triton", "reference")}
 # "auto" on Hopper. cudnn's forward is faster, but it rounds O once more, and it needs a package: a run's numbers must not
@@ -174,7 +174,7 @@ class _Kernels(torch.autograd.Function):
             # dS lives inside the kernel: a first pass for its amax, which gives the scale of the second.
             first = torch.zeros_like(s_ds)
             run(torch.ones_like(s_ds), torch.zeros_like(s_ds), first, True)
-            s_ds = scale_from_amax(first, FP8_MAX[dtype], rule.margin, rule.power_of_two)
+            s_ds = first_scale(first, dtype, rule)
         return *run(s_ds, ctx.a_do, ctx.a_ds, rule.record), None, None, None, None, None
 
 

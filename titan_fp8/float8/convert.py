@@ -26,9 +26,11 @@ from .feed_forward import Float8FeedForward
 from .formats import BY_NAME
 from .head import Float8ChunkedLoss
 from .linear import Float8FanOut, Float8Linear
-from .scaling import DelayedScaling, Recipe, TensorScale
+from .scaling import DelayedScaling, Recipe, TensorScale, WeightScale
+from .weights import ShardedWeight
 
 SCALED = (Float8Linear, Float8FanOut, Float8FeedForward, Float8Attention, Float8ChunkedLoss)  # what has slots
+FAN_OUTS = ("wqkv", "up")  # modules that apply several linears to one input
 LOSS = "loss"  # the module that multiplies by the head's weight
 HEAD = "output"  # the LM head, if it has a weight of its own: [fp8] lm_head decides about it, not the filter
 STATE = "float8_state"  # name of the DelayedScaling submodule: a prefix of its keys in checkpoints
@@ -54,8 +56,10 @@ def select(names: list[str], patterns: list[str]) -> list[str]:
     return [name for name in names if name in chosen]
 
 
-def convert(model: nn.Module, fp8: Fp8) -> int:
+def convert(model: nn.Module, fp8: Fp8, sharded: bool = False) -> int:
     """Apply the recipe to the model in place. Returns the number of converted linears; logs "converted n of m".
+
+    `sharded`: FSDP2 will shard the model, so weights are prepared to be gathered as `[fp8] all_gather` says.
 
     Raises UserError: a filter matches or leaves nothing, a dimension is no multiple of 16, a GPU lacks FP8.
     """
@@ -83,10 +87,11 @@ def convert(model: nn.Module, fp8: Fp8) -> int:
                 f"FP8 GEMMs need dimensions that are multiples of 16, {name} is {linear.in_features} -> "
                 f'{linear.out_features}: change the shape, or leave it out with [fp8] filter = [..., "!{name}"]'
             )
+    gather = sharded and fp8.all_gather == "fp8"
     if fp8.recipe == "tensorwise":
-        _convert_tensorwise(model, set(chosen))
+        _convert_tensorwise(model, set(chosen), gather)
     else:
-        _convert_delayed(model, chosen, fp8)
+        _convert_delayed(model, chosen, fp8, gather)
     logger.info(
         f"FP8: recipe {fp8.recipe}, attention {fp8.attention}, head {fp8.lm_head}, "
         f"converted {len(chosen)} of {len(linears)} linears"
@@ -103,21 +108,24 @@ def _check_device() -> None:
         )
 
 
-def _convert_tensorwise(model: nn.Module, names: set[str]) -> None:
+def _convert_tensorwise(model: nn.Module, names: set[str], gather: bool) -> None:
     from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 
+    from .tensorwise import adopt
+
     # On CPU torchao's own emulation: its FP8 GEMM is a reference kernel there, a thousand times slower.
-    config = Float8LinearConfig(emulate=not torch.cuda.is_available())
+    config = Float8LinearConfig(emulate=not torch.cuda.is_available(), enable_fsdp_float8_all_gather=gather)
     convert_to_float8_training(model, config=config, module_filter_fn=lambda _, name: name in names)
+    adopt(model)
 
 
-def _convert_delayed(model: nn.Module, linears: dict[str, nn.Linear], fp8: Fp8) -> None:
+def _convert_delayed(model: nn.Module, linears: dict[str, nn.Linear], fp8: Fp8, gather: bool) -> None:
     recipe = Recipe(fp8.amax_history, fp8.margin, fp8.power_of_two_scales)
     device = next(model.parameters()).device
     alone = dict(linears)
     for name, module in list(model.named_modules()):
         joint = name.rpartition(".")[2]
-        if joint == "wqkv":
+        if joint in FAN_OUTS and len(module.linears) > 1:
             parts = [f"{name.removesuffix(joint)}{sibling}" for sibling in module.linears]
         elif joint == "feed_forward" and Float8FeedForward.takes(module.activation):
             parts = [
@@ -130,7 +138,7 @@ def _convert_delayed(model: nn.Module, linears: dict[str, nn.Linear], fp8: Fp8) 
             for part in parts:
                 del alone[part]
             with device:
-                if joint == "wqkv":
+                if joint in FAN_OUTS:
                     joined = Float8FanOut({part.rpartition(".")[2]: linears[part] for part in parts}, recipe)
                 else:
                     joined = Float8FeedForward(module, recipe)
@@ -157,6 +165,10 @@ def _convert_delayed(model: nn.Module, linears: dict[str, nn.Linear], fp8: Fp8) 
     for name, module in model.named_modules():
         if isinstance(module, SCALED):
             slots |= {f"{name}.{tensor}": slot for tensor, slot in module.slots().items()}
+    if gather:
+        for slot in slots.values():
+            for linear in slot.linears if isinstance(slot, WeightScale) else ():
+                linear.weight = nn.Parameter(ShardedWeight(linear.weight.detach(), slot))
     with device:
         model.add_module(STATE, DelayedScaling(slots, recipe))
 
@@ -182,11 +194,16 @@ class Float8Converter:
 
     def __init__(self, job_config: Any, parallel_dims: Any):
         self.fp8: Fp8 = job_config.fp8
+        self.sharded = bool(parallel_dims.fsdp_enabled)
 
     def convert(self, model: nn.Module) -> None:
-        convert(model, self.fp8)
+        convert(model, self.fp8, self.sharded)
 
     def post_optimizer_hook(self, model: nn.Module | list[nn.Module]) -> None:
         for part in model if isinstance(model, list) else [model]:
             if (state := scaling_state(part)) is not None:
                 state.update()
+            elif self.fp8.recipe == "tensorwise" and self.sharded and self.fp8.all_gather == "fp8":
+                from torchao.float8 import precompute_float8_dynamic_scale_for_fsdp
+
+                precompute_float8_dynamic_scale_for_fsdp(part)  # all weights' scales in one all-reduce

@@ -7,6 +7,9 @@
 
 The activation never stands in memory in 16 bits: what backward needs of it is made again from h, on the way. Kept for
 backward: x8 transposed (a byte per element) and h (two). x, z, dh, dy have delayed scales, weights exact ones (linear.py).
+
+Tensor parallel, up is split by columns and w2 by rows (linear.py): x8 and dy8 are gathered, x8 again backward; y and dx are
+scattered. All between is the rank's own, F/T features of every row.
 """
 
 from __future__ import annotations
@@ -16,55 +19,68 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .formats import E4M3, E5M2, FP8_MAX, scale_from_amax
+from titan_fp8.tensor_parallel import (
+    Ranks, all_gather, begin_gather, begin_scatter, finish, local, reduce_scatter,
+)  # fmt: skip
+
+from .formats import E4M3, E5M2
 from .kernels.activation import KINDS, activate, activate_backward
-from .kernels.cast import cast, cast_joined
+from .kernels.cast import cast, transpose
 from .kernels.gemm import scaled_mm
-from .linear import matrix
-from .scaling import CastRule, Recipe, TensorScale, WeightScale, scale_in_use
+from .linear import join, matrix
+from .scaling import CastRule, Recipe, TensorScale, WeightScale, first_scale, scale_in_use
 
 
 @torch._dynamo.allow_in_graph
 class _Float8FeedForward(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x_MK, alphas, state, kind: str, rule: CastRule, w2_KF, *ups):
+    def forward(ctx, x_MK, alphas, state, kind: str, rule: CastRule, tp: Ranks | None, w2_KF, *ups):
         (s_x, a_x), (s_up, _), (s_z, a_z), (s_w2, _), (s_dh, a_dh), (s_dy, a_dy) = state
         s_x = scale_in_use(x_MK, s_x, E4M3, rule)
-        x8_MK, x8_t_KM = cast(x_MK, s_x, a_x, E4M3, rule.record, True, any(ctx.needs_input_grad))
-        h_MN = scaled_mm(x8_MK, cast_joined(ups, s_up, E4M3, False).t(), s_x, s_up, x_MK.dtype, fast=True)
+        x8_MK, x8_t_KM = cast(x_MK, s_x, a_x, E4M3, rule.record, True, tp is None and any(ctx.needs_input_grad))
+        kept = x8_t_KM if tp is None else x8_MK
+        x8_MK = all_gather(x8_MK, tp)
+        h_MN = scaled_mm(x8_MK, join(ups, s_up, False).t(), s_x, s_up, x_MK.dtype, fast=True)
         if rule.calibrating:
             # z lives inside the kernel: a first pass for its amax, which gives the scale of the second.
             first = torch.zeros_like(s_z)
             activate(h_MN, alphas, torch.ones_like(s_z), first, kind, True)
-            s_z = scale_from_amax(first, FP8_MAX[E4M3], rule.margin, rule.power_of_two)
+            s_z = first_scale(first, E4M3, rule)
         z8_MF = activate(h_MN, alphas, s_z, a_z, kind, rule.record)
-        ctx.save_for_backward(x8_t_KM, h_MN, alphas, s_x, s_z, s_dh, s_dy, s_up, s_w2, w2_KF, *ups)
+        ctx.save_for_backward(kept, h_MN, alphas, s_x, s_z, s_dh, s_dy, s_up, s_w2, w2_KF, *ups)
         # Not saved: a backward writes them, and autograd would then refuse the next one (two forwards first).
-        ctx.a_dh, ctx.a_dy, ctx.kind, ctx.rule = a_dh, a_dy, kind, rule
-        return scaled_mm(z8_MF, cast_joined([w2_KF], s_w2, E4M3, False).t(), s_z, s_w2, x_MK.dtype, fast=True)
+        ctx.a_dh, ctx.a_dy, ctx.kind, ctx.rule, ctx.tp = a_dh, a_dy, kind, rule, tp
+        y_MK = scaled_mm(z8_MF, join([w2_KF], s_w2, False).t(), s_z, s_w2, x_MK.dtype, fast=True)
+        return reduce_scatter(y_MK, tp)
 
     @staticmethod
     def backward(ctx, dy_MK):
-        x8_t_KM, h_MN, alphas, s_x, s_z, s_dh, s_dy, s_up, s_w2, w2_KF, *ups = ctx.saved_tensors
-        rule, kind = ctx.rule, ctx.kind
+        kept, h_MN, alphas, s_x, s_z, s_dh, s_dy, s_up, s_w2, w2_KF, *ups = ctx.saved_tensors
+        rule, kind, tp = ctx.rule, ctx.kind, ctx.tp
         s_dy = scale_in_use(dy_MK, s_dy, E5M2, rule)
-        dy8_MK, dy8_t_KM = cast(dy_MK, s_dy, ctx.a_dy, E5M2, rule.record, True, True)
-        w2_t_FK = cast_joined([w2_KF], s_w2, E4M3, True)
+        dy8_MK, dy8_t_KM = cast(dy_MK, s_dy, ctx.a_dy, E5M2, rule.record, True, tp is None)
+        dy8_MK = all_gather(dy8_MK, tp)
+        kept = begin_gather(kept, tp)
+        if tp is not None:
+            dy8_t_KM = transpose(dy8_MK)
+        w2_t_FK = join([w2_KF], s_w2, True)
         dz_MF = scaled_mm(dy8_MK, w2_t_FK.t(), s_dy, s_w2, dy_MK.dtype, fast=False)
         if rule.calibrating:
             first = torch.zeros_like(s_dh)
             activate_backward(dz_MF, h_MN, alphas, s_z, torch.ones_like(s_dh), first, kind, E5M2, True)
-            s_dh = scale_from_amax(first, FP8_MAX[E5M2], rule.margin, rule.power_of_two)
+            s_dh = first_scale(first, E5M2, rule)
         dh8_MN, dh8_t_NM, z8_t_FM, dalphas = activate_backward(
             dz_MF, h_MN, alphas, s_z, s_dh, ctx.a_dh, kind, E5M2, rule.record
         )
+        up_t_KN = join(ups, s_up, True)
+        dx_MK = begin_scatter(scaled_mm(dh8_MN, up_t_KN.t(), s_dh, s_up, dy_MK.dtype, fast=False), tp)
         dw2_KF = scaled_mm(dy8_t_KM, z8_t_FM.t(), s_dy, s_z, w2_KF.dtype, fast=False)
-        up_t_KN = cast_joined(ups, s_up, E4M3, True)
-        dx_MK = scaled_mm(dh8_MN, up_t_KN.t(), s_dh, s_up, dy_MK.dtype, fast=False)
+        x8_t_KM = kept if tp is None else transpose(finish(kept, tp, E4M3))
         dup_NK = scaled_mm(dh8_t_NM, x8_t_KM.t(), s_dh, s_x, w2_KF.dtype, fast=False)
         return (
-            dx_MK,
+            finish(dx_MK, tp, dy_MK.dtype),
             None if alphas is None else dalphas,
+            None,
             None,
             None,
             None,
@@ -77,7 +93,10 @@ class Float8FeedForward(nn.Module):
     """Drop-in for the decoder's FeedForward with activation xielu, gelu or swiglu. x: [..., K] -> [..., K], in x's dtype.
 
     Under autocast the products run in the autocast dtype. In eval mode scales are used and amaxes are not recorded.
+    With `tp`: x [B, S/T, K] -> [B, S/T, K], F/T features on a rank.
     """
+
+    tp: Ranks | None = None
 
     @staticmethod
     def takes(activation: str) -> bool:
@@ -107,8 +126,8 @@ class Float8FeedForward(nn.Module):
         state = tuple((slot.scale, slot.amax) for slot in self.slots().values())
         alphas = None if self.act is None else self.act.alphas()
         y_MK = _Float8FeedForward.apply(
-            x_MK, alphas, state, self.activation, self.recipe.rule(record=self.training),
-            *(linear.weight.to(x_MK.dtype) for linear in (self.w2, *self.ups())),
+            x_MK, alphas, state, self.activation, self.recipe.rule(record=self.training), self.tp,
+            *(local(linear.weight).to(x_MK.dtype) for linear in (self.w2, *self.ups())),
         )  # fmt: skip
         return y_MK.view(*x.shape[:-1], -1)
 

@@ -7,7 +7,7 @@
 h has a delayed scale and is cast once for all chunks, w is scaled by its own amax, and the gradient of the logits, which
 lies in [-1, 1], by a constant (kernels/softmax.py). An FP8 GEMM cannot add to what is there, and adding its result costs
 1800 / n of its time (n rows, 1290 TFLOP/s against 4.3 TB/s on an H200). So dw's chunks are long: of a chunk dl^T is held
-whole, in 8 bits, while its logits and dl come in pieces of rows.
+whole, in 8 bits, while its logits and dl come in pieces of rows. Tensor parallel, h is gathered in FP8.
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from titan_fp8.loss import ChunkedLoss, Head, chunk_rows, cross_entropy_
+from titan_fp8.loss import ChunkedLoss, Head, chunk_rows, split_cross_entropy_
+from titan_fp8.tensor_parallel import Ranks, all_gather, all_max
 
 from .formats import E4M3, E5M2, FP8_MAX, scale_from_amax
-from .kernels.cast import cast
+from .kernels.cast import cast, transpose
 from .kernels.gemm import scaled_mm
 from .kernels.softmax import SCALE, softmax_gradient
-from .scaling import Recipe, TensorScale, scale_in_use
+from .scaling import CastRule, Recipe, TensorScale, scale_in_use
 
 PIECE_LOGITS = 1 << 28  # 512 MiB of bfloat16, 256 MiB of E5M2
 
@@ -30,20 +31,29 @@ class Float8Head(Head):
     """titan_fp8.loss.Head with FP8 operands. scale and seen are h's; suffix _t: stored transposed."""
 
     def __init__(
-        self, h_ND, w_VD, gradients, dw_dtype, scale: Tensor, seen: Tensor, recipe: Recipe, record: bool
+        self, h, w_VD, gradients, dw_dtype, tp: Ranks | None, scale: Tensor, seen: Tensor, rule: CastRule
     ):
-        super().__init__(h_ND, w_VD, gradients, dw_dtype)
-        rule = recipe.rule(record)
-        self.h_scale = scale_in_use(h_ND, scale, E4M3, rule)
-        self.h8_ND, self.h8_t_DN = cast(h_ND, self.h_scale, seen, E4M3, record, True, gradients)
+        self.scale, self.seen, self.rule = scale, seen, rule
+        super().__init__(h, w_VD, gradients, dw_dtype, tp)
         # The amax in one pass: abs().amax() would hold a copy of w outside of torch.compile.
         w_amax = torch.linalg.vector_norm(self.w_VD, torch.inf, dtype=torch.float32)
+        w_amax = all_max(w_amax, tp)
         self.w_scale = scale_from_amax(w_amax, FP8_MAX[E4M3], 0, rule.power_of_two)
         self.w8_VD, self.w8_t_DV = cast(
             self.w_VD, self.w_scale, torch.zeros_like(w_amax), E4M3, False, True, gradients
         )
         del self.w_VD  # under autocast a copy
         self.dl_scale = torch.full_like(self.h_scale, SCALE)
+
+    def gather_h(self, h: Tensor) -> None:
+        self.h_scale = scale_in_use(h, self.scale, E4M3, self.rule)
+        whole = self.tp is None
+        self.h8_ND, self.h8_t_DN = cast(
+            h, self.h_scale, self.seen, E4M3, self.rule.record, True, whole and self.gradients
+        )
+        if not whole:
+            self.h8_ND = all_gather(self.h8_ND, self.tp)
+            self.h8_t_DN = transpose(self.h8_ND) if self.gradients else self.h8_t_DN
 
     def chunk(self, rows: slice, labels_n: Tensor) -> Tensor:
         n, vocabulary = len(labels_n), len(self.w8_VD)
@@ -58,18 +68,18 @@ class Float8Head(Head):
             first = self.dw_VD is None
             dw_VD = scaled_mm(
                 dl_t_Vn, self.h8_t_DN[:, rows].t(), self.dl_scale, self.h_scale,
-                self.dw_dtype if first else self.h_ND.dtype, fast=False,
+                self.dw_dtype if first else self.dtype, fast=False,
             )  # fmt: skip
             self.dw_VD = dw_VD if first else self.dw_VD.add_(dw_VD)
         return loss
 
     def _piece(self, rows: slice, labels_p: Tensor, dl_t_Vp: Tensor) -> Tensor:
         """The loss of these rows; with gradients their dh and dl_t_Vp. Its own tensors are gone when the next starts."""
-        dtype = self.h_ND.dtype
+        dtype = self.dtype
         logits_pV = scaled_mm(self.h8_ND[rows], self.w8_VD.t(), self.h_scale, self.w_scale, dtype, fast=True)
-        loss, lse = cross_entropy_(logits_pV, labels_p, False)
+        loss, lse, columns_p = split_cross_entropy_(logits_pV, labels_p, False, self.tp)
         if self.dh_ND is not None:
-            dl_pV = softmax_gradient(logits_pV, labels_p, lse, dl_t_Vp)
+            dl_pV = softmax_gradient(logits_pV, columns_p, lse, dl_t_Vp)
             self.dh_ND[rows] = scaled_mm(
                 dl_pV, self.w8_t_DV.t(), self.dl_scale, self.w_scale, dtype, fast=False
             )
@@ -92,14 +102,13 @@ class Float8ChunkedLoss(ChunkedLoss):
     def slots(self) -> dict[str, TensorScale]:
         return {"h": self.h}
 
-    def head(self, h_ND: Tensor, w_VD: Tensor, gradients: bool, dw_dtype: torch.dtype) -> Head:
-        if len(h_ND) % 16:
+    def head(self, h: Tensor, w_VD: Tensor, gradients: bool, dw_dtype: torch.dtype) -> Head:
+        if len(h) % 16:
             raise ValueError(
-                f"FP8 GEMMs need batch * sequence to be a multiple of 16, got {len(h_ND)}: change seq_len"
+                f"FP8 GEMMs need batch * sequence to be a multiple of 16, got {len(h)}: change seq_len"
             )
-        return Float8Head(
-            h_ND, w_VD, gradients, dw_dtype, self.h.scale, self.h.amax, self.recipe, record=self.training
-        )
+        rule = self.recipe.rule(record=self.training)
+        return Float8Head(h, w_VD, gradients, dw_dtype, self.tp, self.h.scale, self.h.amax, rule)
 
     def extra_repr(self) -> str:
         return "h:delayed_e4m3 w:tensorwise_e4m3 dl:fixed_e5m2"

@@ -8,17 +8,42 @@ x and dy have delayed scales; w is scaled by its own amax, taken when the optimi
 for backward in FP8, transposed as its last GEMM wants it; w is cast again there, so that a gathered weight need not stay.
 M = batch * sequence. Weights that share x (those of q, k and v) are cast into one FP8 matrix, N = N_1 + N_2 + ..., with one
 scale: x is cast and kept once, and each of the three GEMMs runs once. The parameters stay apart.
+
+Tensor parallel, T ranks (titan_fp8/tensor_parallel.py): what is gathered is gathered in FP8, what is scattered in x's dtype.
+
+    by columns   x8 [M/T, K] --gather--> [M, K]    y  [M, N/T]                    w [N/T, K]
+                 dy8 [M, N/T]                      dx [M, K] --scatter--> [M/T, K]
+    by rows      x8 [M, K/T]                       y  [M, N] --scatter--> [M/T, N]                    w [N, K/T]
+                 dy8 [M/T, N] --gather--> [M, N]   dx [M, K/T]
+
+By columns, x8 [M/T, K] is kept and gathered again backward, while the GEMM for dx runs: that costs M K bytes of traffic nobody
+waits for, and keeping x8 whole would take T times the memory in every layer. dx is scattered while the GEMM for dw runs.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
+from titan_fp8.tensor_parallel import (
+    Ranks, all_gather, begin_gather, begin_scatter, by_rank, by_sequence, finish, local, reduce_scatter,
+)  # fmt: skip
+
 from .formats import E4M3, E5M2
-from .kernels.cast import cast, cast_joined
+from .kernels.cast import cast, cast_joined, transpose
 from .kernels.gemm import scaled_mm
 from .scaling import CastRule, Recipe, TensorScale, WeightScale, scale_in_use
+from .weights import GatheredWeight
+
+
+def join(weights: Sequence[Tensor], scale: Tensor, transposed: bool) -> Tensor:
+    """Weights [N_i, K] in E4M3, one below the other [N, K], or that transposed [K, N]. Gathered ones are in E4M3 already."""
+    weights = [w.q if isinstance(w, GatheredWeight) else w for w in weights]
+    if len(weights) == 1 and not transposed and weights[0].dtype == E4M3:
+        return weights[0]
+    return cast_joined(weights, scale, E4M3, transposed)
 
 
 def matrix(x: Tensor) -> Tensor:
@@ -39,39 +64,56 @@ class _Float8Matmul(torch.autograd.Function):
     # Suffix _t: stored transposed. A GEMM's right operand must be contiguous along the summed dimension, as its left one.
 
     @staticmethod
-    def forward(ctx, x_MK, x_scale, x_amax, w_scale, dy_scale, dy_amax, rule: CastRule, *weights):
-        needs_dw = any(ctx.needs_input_grad[7:])
+    def forward(
+        ctx, x_MK, x_scale, x_amax, w_scale, dy_scale, dy_amax, rule: CastRule,
+        columns: Ranks | None, rows: Ranks | None, *weights,
+    ):  # fmt: skip
+        needs_dw = any(ctx.needs_input_grad[9:])
         x_scale = scale_in_use(x_MK, x_scale, E4M3, rule)
-        x8_MK, x8_t_KM = cast(x_MK, x_scale, x_amax, E4M3, rule.record, True, needs_dw)
-        w8_NK = cast_joined(weights, w_scale, E4M3, False)
-        ctx.save_for_backward(x8_t_KM, x_scale, w_scale, dy_scale, *weights)
+        x8_MK, x8_t_KM = cast(x_MK, x_scale, x_amax, E4M3, rule.record, True, needs_dw and columns is None)
+        w8_NK = join(weights, w_scale, False)
+        kept = x8_t_KM if columns is None else x8_MK
+        ctx.save_for_backward(kept, x_scale, w_scale, dy_scale, *weights)
         # Not saved: a backward writes it, and autograd would then refuse the next one (two forwards first).
-        ctx.dy_amax, ctx.rule, ctx.needs_dw = dy_amax, rule, needs_dw
-        return scaled_mm(x8_MK, w8_NK.t(), x_scale, w_scale, x_MK.dtype, fast=True)
+        ctx.dy_amax, ctx.rule, ctx.needs_dw, ctx.columns, ctx.rows = dy_amax, rule, needs_dw, columns, rows
+        y_MN = scaled_mm(all_gather(x8_MK, columns), w8_NK.t(), x_scale, w_scale, x_MK.dtype, fast=True)
+        return reduce_scatter(y_MN, rows)
 
     @staticmethod
     def backward(ctx, dy_MN):
-        x8_t_KM, x_scale, w_scale, dy_scale, *weights = ctx.saved_tensors
+        kept, x_scale, w_scale, dy_scale, *weights = ctx.saved_tensors
+        needs_dx, needs_dw, columns, rows = ctx.needs_input_grad[0], ctx.needs_dw, ctx.columns, ctx.rows
         dy_scale = scale_in_use(dy_MN, dy_scale, E5M2, ctx.rule)
-        needs_dx = ctx.needs_input_grad[0]
-        dy8_MN, dy8_t_NM = cast(dy_MN, dy_scale, ctx.dy_amax, E5M2, ctx.rule.record, needs_dx, ctx.needs_dw)
+        dy8_MN, dy8_t_NM = cast(
+            dy_MN, dy_scale, ctx.dy_amax, E5M2, ctx.rule.record, needs_dx or rows is not None, needs_dw and rows is None
+        )  # fmt: skip
+        dy8_MN = all_gather(dy8_MN, rows)
+        if needs_dw:
+            kept = begin_gather(kept, columns)
         dx_MK, dws = None, (None,) * len(weights)
         if needs_dx:
-            w8_t_KN = cast_joined(weights, w_scale, E4M3, True)
+            w8_t_KN = join(weights, w_scale, True)
             dx_MK = scaled_mm(dy8_MN, w8_t_KN.t(), dy_scale, w_scale, dy_MN.dtype, fast=False)
-        if ctx.needs_dw:
+            dx_MK = begin_scatter(dx_MK, columns)
+        if needs_dw:
+            x8_t_KM = kept if columns is None else transpose(finish(kept, columns, E4M3))
+            dy8_t_NM = dy8_t_NM if rows is None else transpose(dy8_MN)
             dw_NK = scaled_mm(dy8_t_NM, x8_t_KM.t(), dy_scale, x_scale, weights[0].dtype, fast=False)
             dws = dw_NK.split([w_NK.shape[0] for w_NK in weights])
-        return dx_MK, None, None, None, None, None, None, *dws
+        if needs_dx:
+            dx_MK = finish(dx_MK, columns, dy_MN.dtype)
+        return dx_MK, *(None,) * 8, *dws
 
 
 class Float8Linear(nn.Linear):
     """nn.Linear without bias whose three GEMMs run in FP8 with delayed scaling. x: [..., K] -> [..., N], in x's dtype.
 
     Under autocast the product runs in the autocast dtype. In eval mode scales are used and amaxes are not recorded.
+    With `tp` it is split by rows: x [B, S, K/T] -> [B, S/T, N].
     """
 
     recipe: Recipe
+    tp: Ranks | None = None
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, recipe: Recipe) -> Float8Linear:
@@ -91,12 +133,12 @@ class Float8Linear(nn.Linear):
         return {"x": self.x, "w": self.w, "dy": self.dy}
 
     def forward(self, x: Tensor) -> Tensor:
-        x_MK = matrix(x)
+        x_MK = matrix(x if self.tp is None else by_rank(x, self.tp))
         y_MN = _Float8Matmul.apply(
             x_MK, self.x.scale, self.x.amax, self.w.scale, self.dy.scale, self.dy.amax,
-            self.recipe.rule(record=self.training), self.weight.to(x_MK.dtype),
+            self.recipe.rule(record=self.training), None, self.tp, local(self.weight).to(x_MK.dtype),
         )  # fmt: skip
-        return y_MN.view(*x.shape[:-1], -1)
+        return y_MN.view(*x.shape[:-1], -1) if self.tp is None else y_MN.unflatten(0, (len(x), -1))
 
     def extra_repr(self) -> str:
         shape = f"in_features={self.in_features}, out_features={self.out_features}"
@@ -104,7 +146,12 @@ class Float8Linear(nn.Linear):
 
 
 class Float8FanOut(nn.Module):
-    """Drop-in for the decoder's FanOut: x [..., K], linears with weights [N_i, K] -> a tuple of [..., N_i], in x's dtype."""
+    """Drop-in for the decoder's FanOut: x [..., K], linears with weights [N_i, K] -> a tuple of [..., N_i], in x's dtype.
+
+    With `tp` it is split by columns: x [B, S/T, K] -> [B, S, N_i/T].
+    """
+
+    tp: Ranks | None = None
 
     def __init__(self, linears: dict[str, nn.Linear], recipe: Recipe):
         super().__init__()
@@ -119,11 +166,13 @@ class Float8FanOut(nn.Module):
 
     def forward(self, x: Tensor, *linears: nn.Linear) -> tuple[Tensor, ...]:
         x_MK = matrix(x)
+        weights = [local(linear.weight) for linear in linears]
         y_MN = _Float8Matmul.apply(
             x_MK, self.x.scale, self.x.amax, self.w.scale, self.dy.scale, self.dy.amax,
-            self.recipe.rule(record=self.training), *(linear.weight.to(x_MK.dtype) for linear in linears),
+            self.recipe.rule(record=self.training), self.tp, None, *(w.to(x_MK.dtype) for w in weights),
         )  # fmt: skip
-        return y_MN.view(*x.shape[:-1], -1).split([linear.out_features for linear in linears], -1)
+        y = y_MN.view(*x.shape[:-1], -1) if self.tp is None else by_sequence(y_MN, len(x), self.tp)
+        return y.split([len(w) for w in weights], -1)
 
     def extra_repr(self) -> str:
         return f"{'+'.join(self.names)}, x:delayed_e4m3 w:tensorwise_e4m3 dy:delayed_e5m2"

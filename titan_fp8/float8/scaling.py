@@ -25,6 +25,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from titan_fp8.tensor_parallel import Ranks, all_max
+
 from .formats import E4M3, FP8_MAX, amax, fold_amax, saturating_cast, scale_from_amax, short_name
 
 
@@ -35,19 +37,24 @@ class CastRule(NamedTuple):
     power_of_two: bool
     calibrating: bool
     record: bool
+    ranks: Ranks | None = None
 
 
 @dataclass
 class Recipe:
-    """What the layers of one model share. `calibrating` until the first update: no amax of an earlier step exists."""
+    """What the layers of one model share. `calibrating` until the first update: no amax of an earlier step exists.
+
+    `ranks`: everyone with a part of the tensors, who must have one scale in the first step too; parallelize sets it.
+    """
 
     history: int = 1024
     margin: int = 0
     power_of_two: bool = False
     calibrating: bool = True
+    ranks: Ranks | None = None
 
     def rule(self, record: bool) -> CastRule:
-        return CastRule(self.margin, self.power_of_two, self.calibrating, record)
+        return CastRule(self.margin, self.power_of_two, self.calibrating, record, self.ranks)
 
 
 class TensorScale(nn.Module):
@@ -89,9 +96,12 @@ class WeightScale(TensorScale):
 
 def scale_in_use(x: Tensor, scale: Tensor, dtype: torch.dtype, rule: CastRule) -> Tensor:
     """The delayed `scale`, or in the first step, which has no history, the one from x's own amax (0-dim float32)."""
-    if not rule.calibrating:
-        return scale
-    return scale_from_amax(amax(x), FP8_MAX[dtype], rule.margin, rule.power_of_two)
+    return first_scale(amax(x), dtype, rule) if rule.calibrating else scale
+
+
+def first_scale(amax: Tensor, dtype: torch.dtype, rule: CastRule) -> Tensor:
+    """The scale from a tensor's own amax on this rank and the others (0-dim float32)."""
+    return scale_from_amax(all_max(amax, rule.ranks), FP8_MAX[dtype], rule.margin, rule.power_of_two)
 
 
 def quantize(
@@ -177,7 +187,7 @@ class DelayedScaling(nn.Module):
 
     @torch.no_grad()
     def scale_weights(self) -> None:
-        """Scale the weights by their amaxes of now. Who changes them outside of a training step calls this, on every rank."""
+        """Scale the weights by their amaxes of now. To be called, on every rank, when something but a step changed them."""
         if self.scale.is_meta or not self.weight_slots:
             return
         fresh = scale_from_amax(self._amaxes(), self.fp8_max, 0, self.recipe.power_of_two)

@@ -22,6 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from titan_fp8.tensor_parallel import Ranks, all_max, shared
+
 GATED = ("swiglu", "smooth_swiglu")
 
 
@@ -31,6 +33,7 @@ class XIELU(nn.Module):
     beta = 0.5
     eps = -1e-6
     initial_alpha = 0.8
+    tp: Ranks | None = None
 
     def __init__(self) -> None:
         super().__init__()
@@ -44,10 +47,11 @@ class XIELU(nn.Module):
 
     def alphas(self) -> Tensor:
         """(alpha_p, alpha_n) [2] float32, differentiable."""
-        return torch.cat((F.softplus(self.a_p.float()), self.beta + F.softplus(self.a_n.float())))
+        a_p, a_n = shared(self.a_p, self.tp), shared(self.a_n, self.tp)
+        return torch.cat((F.softplus(a_p.float()), self.beta + F.softplus(a_n.float())))
 
     def forward(self, x: Tensor) -> Tensor:
-        return xielu(x, self.a_p, self.a_n, self.beta, self.eps)
+        return xielu(x, shared(self.a_p, self.tp), shared(self.a_n, self.tp), self.beta, self.eps)
 
 
 def xielu(x: Tensor, a_p: Tensor, a_n: Tensor, beta: float = 0.5, eps: float = -1e-6) -> Tensor:
@@ -72,12 +76,13 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return (F.silu(wide) * up).to(gate.dtype)
 
 
-def smooth_swiglu(gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+def smooth_swiglu(gate: Tensor, up: Tensor, tp: Ranks | None = None) -> tuple[Tensor, Tensor]:
     """(z, 1/s): z = s * up * swish(gate), of the inputs' shape [..., F]; 1/s of shape [..., 1] goes behind the GEMM.
 
-    s is a power of two near 1 / max_i |up_i|, so that scaling loses no bit; a token whose branch is all zeros has s = 1.
+    s is a power of two near 1 / max_i |up_i|, so that scaling loses no bit; a token whose branch is all zeros has s = 1. With
+    `tp` a rank has some of the features, and s is that of all.
     """
-    size = up.detach().abs().amax(dim=-1, keepdim=True).float()
+    size = all_max(up.detach().abs().amax(dim=-1, keepdim=True).float(), tp)
     exponent = torch.where((size > 0) & size.isfinite(), size, 1.0).log2().ceil()
     exponent = exponent.clamp(-126, 126)  # s and 1/s stay normal float32 numbers
     wide = gate if gate.dtype == torch.float64 else gate.float()

@@ -156,7 +156,7 @@ class Flavors(Mapping[str, DecoderArgs]):
         return len(self._table)
 
 
-# 390m, 1.5b, 8b: the FOG paper's sizes (appendix, training details). llama2_7b, llama3_8b: Meta's shapes.
+# 390m, 1.5b, 8b: the FOG paper's sizes (appendix, training details). llama*: Meta's shapes.
 FLAVORS = Flavors(
     {
         "debug": DecoderArgs(
@@ -174,6 +174,9 @@ FLAVORS = Flavors(
         ),
         "llama3_8b": DecoderArgs(
             dim=4096, n_layers=32, n_heads=32, n_kv_heads=8, ffn_dim=14336, max_seq_len=8192
+        ),
+        "llama3_70b": DecoderArgs(
+            dim=8192, n_layers=80, n_heads=64, n_kv_heads=8, ffn_dim=28672, max_seq_len=8192
         ),
     }
 )  # fmt: skip

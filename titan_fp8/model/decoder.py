@@ -9,8 +9,9 @@ Attention regularises q and k per head before RoPE, with no trained gain (FOG, a
 logits. RoPE turns the two halves of a head (Hugging Face's layout), so Llama checkpoints load without permuting rows.
 
 Shapes: B batch, S sequence, D dim, H query heads, K kv heads, C head_dim, F hidden of the FFN, V vocabulary.
-All GEMMs of a block are plain nn.Linear or inside `inner_attention`; `titan_fp8.float8.convert` swaps both, and what joins
-several of them: `FanOut` and `FeedForward`.
+All GEMMs of a block are Linears or inside `inner_attention`; `titan_fp8.float8.convert` swaps both, and what joins several of
+them: `FanOut` and `FeedForward`. Where `parallelize` has set a module's `tp`, the residual stream is [B, S/T, D], and the
+linears, heads and tokens are split over T ranks (titan_fp8/tensor_parallel.py).
 """
 
 from __future__ import annotations
@@ -22,6 +23,9 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torchtitan.protocols.model import ModelProtocol
 
 from titan_fp8.loss import ChunkedLoss
+from titan_fp8.tensor_parallel import (
+    Ranks, by_rank, gather_features, gather_sequence, local, own_stretch, scatter_sequence, shared,
+)  # fmt: skip
 
 from .activations import GATED, XIELU, gelu, smooth_swiglu, swiglu
 from .args import DecoderArgs
@@ -37,8 +41,36 @@ def init_normal_(weight: Tensor, std: float) -> None:
         nn.init.normal_(weight, std=std)
 
 
+class Linear(nn.Linear):
+    """nn.Linear without bias, on this rank's part of the weight. With `tp` its outputs are parts of a sum, which it scatters."""
+
+    tp: Ranks | None = None
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__(in_features, out_features, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return scatter_sequence(F.linear(x, local(self.weight)), self.tp)
+
+
+class Embedding(nn.Embedding):
+    """nn.Embedding; with `tp` a rank looks up the tokens that it has, and the others' rows are zero: parts of a sum."""
+
+    tp: Ranks | None = None
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        weight = local(self.weight)
+        if self.tp is None:
+            return F.embedding(tokens, weight)
+        row = tokens - self.tp.rank * len(weight)
+        elsewhere = (row < 0) | (row >= len(weight))
+        return F.embedding(row.masked_fill(elsewhere, 0), weight).masked_fill(elsewhere[..., None], 0)
+
+
 class RMSNorm(nn.Module):
     """x / rms(x) * gain over the last dimension; float32 inside, the input's dtype outside."""
+
+    tp: Ranks | None = None
 
     def __init__(self, dim: int, eps: float, initial_gain: float = 1.0):
         super().__init__()
@@ -50,7 +82,7 @@ class RMSNorm(nn.Module):
         nn.init.constant_(self.weight, self.initial_gain)
 
     def forward(self, x: Tensor) -> Tensor:
-        return rms_normalize(x, self.eps) * self.weight.to(x.dtype)
+        return rms_normalize(x, self.eps) * shared(self.weight, self.tp).to(x.dtype)
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]}, eps={self.eps}, initial_gain={self.initial_gain:.4g}"
@@ -75,6 +107,8 @@ class FrozenRMS(nn.Module):
 class ScalarTanh(nn.Module):
     """QK regulariser: tanh(alpha * x), one trained alpha, started at 1."""
 
+    tp: Ranks | None = None
+
     def __init__(self) -> None:
         super().__init__()
         self.alpha = nn.Parameter(torch.empty(1))
@@ -83,7 +117,7 @@ class ScalarTanh(nn.Module):
         nn.init.ones_(self.alpha)
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.tanh(x.float() * self.alpha.float()).to(x.dtype)
+        return torch.tanh(x.float() * shared(self.alpha, self.tp).float()).to(x.dtype)
 
 
 def make_qk_norm(args: DecoderArgs) -> nn.Module:
@@ -132,14 +166,17 @@ class CausalAttention(nn.Module):
 class FanOut(nn.Module):
     """Several linears of one input: x [..., D] -> a tuple of [..., N_i]. Convert swaps this for one that casts x once.
 
-    `linears` names the siblings that it is called with.
+    `linears` names the siblings that it is called with. With `tp`: [B, S/T, D] -> [B, S, N_i/T].
     """
+
+    tp: Ranks | None = None
 
     def __init__(self, *linears: str):
         super().__init__()
         self.linears = linears
 
     def forward(self, x: Tensor, *linears: nn.Module) -> tuple[Tensor, ...]:
+        x = gather_sequence(x, self.tp)
         return tuple(linear(x) for linear in linears)
 
     def extra_repr(self) -> str:
@@ -150,11 +187,11 @@ class Attention(nn.Module):
     def __init__(self, args: DecoderArgs):
         super().__init__()
         self.head_dim = args.head_dim
-        self.wq = nn.Linear(args.dim, args.n_heads * args.head_dim, bias=False)
-        self.wk = nn.Linear(args.dim, args.n_kv_heads * args.head_dim, bias=False)
-        self.wv = nn.Linear(args.dim, args.n_kv_heads * args.head_dim, bias=False)
+        self.wq = Linear(args.dim, args.n_heads * args.head_dim)
+        self.wk = Linear(args.dim, args.n_kv_heads * args.head_dim)
+        self.wv = Linear(args.dim, args.n_kv_heads * args.head_dim)
         self.wqkv = FanOut("wq", "wk", "wv")
-        self.wo = nn.Linear(args.n_heads * args.head_dim, args.dim, bias=False)
+        self.wo = Linear(args.n_heads * args.head_dim, args.dim)
         self.q_norm = make_qk_norm(args)
         self.k_norm = make_qk_norm(args)
         self.inner_attention: nn.Module = CausalAttention(args.softmax_scale)
@@ -172,24 +209,26 @@ class Attention(nn.Module):
 class FeedForward(nn.Module):
     """w2(act(w1 x)), or with a gate w2(swish(w1 x) * w3 x)."""
 
+    tp: Ranks | None = None
+
     def __init__(self, args: DecoderArgs):
         super().__init__()
         self.activation = args.activation
-        self.w1 = nn.Linear(args.dim, args.hidden_dim, bias=False)
-        self.w2 = nn.Linear(args.hidden_dim, args.dim, bias=False)
-        self.w3 = nn.Linear(args.dim, args.hidden_dim, bias=False) if self.activation in GATED else None
+        self.w1 = Linear(args.dim, args.hidden_dim)
+        self.w2 = Linear(args.hidden_dim, args.dim)
+        self.w3 = Linear(args.dim, args.hidden_dim) if self.activation in GATED else None
+        self.up = FanOut("w1") if self.w3 is None else FanOut("w1", "w3")
         self.act = XIELU() if self.activation == "xielu" else None
 
     def forward(self, x_BSD: Tensor) -> Tensor:
-        h_BSF = self.w1(x_BSD)
-        if self.act is not None:
-            return self.w2(self.act(h_BSF))
         if self.w3 is None:
-            return self.w2(gelu(h_BSF))
+            (h_BSF,) = self.up(x_BSD, self.w1)
+            return self.w2(gelu(h_BSF) if self.act is None else self.act(h_BSF))
+        gate_BSF, up_BSF = self.up(x_BSD, self.w1, self.w3)
         if self.activation == "swiglu":
-            return self.w2(swiglu(h_BSF, self.w3(x_BSD)))
-        z_BSF, inverse_scale_BS1 = smooth_swiglu(h_BSF, self.w3(x_BSD))
-        return self.w2(z_BSF) * inverse_scale_BS1
+            return self.w2(swiglu(gate_BSF, up_BSF))
+        z_BSF, inverse_scale_BS1 = smooth_swiglu(gate_BSF, up_BSF, self.tp)
+        return self.w2(z_BSF) * own_stretch(inverse_scale_BS1, self.tp)
 
     def extra_repr(self) -> str:
         return f"activation={self.activation}"
@@ -226,14 +265,15 @@ class Decoder(ModelProtocol):
 
     rope_cos: Tensor
     rope_sin: Tensor
+    tp: Ranks | None = None
 
     def __init__(self, args: DecoderArgs):
         super().__init__(args)
         self.model_args = args
-        self.tok_embeddings = nn.Embedding(args.vocab_size, args.dim)
+        self.tok_embeddings = Embedding(args.vocab_size, args.dim)
         self.layers = nn.ModuleDict({str(i): Block(args) for i in range(args.n_layers)})
         self.norm = RMSNorm(args.dim, args.norm_eps) if args.final_norm else None
-        self.output = None if args.tie_embeddings else nn.Linear(args.dim, args.vocab_size, bias=False)
+        self.output = None if args.tie_embeddings else Linear(args.dim, args.vocab_size)
         self.loss: nn.Module = ChunkedLoss()
         cos, sin = rope_table(args.head_dim, args.seq_len, args.rope_theta)
         self.register_buffer("rope_cos", cos, persistent=False)
@@ -267,14 +307,14 @@ class Decoder(ModelProtocol):
         device_type = h_BSD.device.type
         if torch.is_autocast_enabled(device_type):
             h_BSD = h_BSD.to(torch.get_autocast_dtype(device_type))
-        h_BSD = h_BSD * self.model_args.input_scale
+        h_BSD = scatter_sequence(h_BSD, self.tp) * self.model_args.input_scale
         seq_len = tokens_BS.shape[1]
         cos_SC, sin_SC = self.rope_cos[:seq_len], self.rope_sin[:seq_len]
         for block in self.layers.values():
             h_BSD = block(h_BSD, cos_SC, sin_SC)
         if self.norm is not None:
             h_BSD = self.norm(h_BSD)
-        w_VD = self.tok_embeddings.weight if self.output is None else self.output.weight
+        w_VD = local(self.tok_embeddings.weight if self.output is None else self.output.weight)
         if labels_BS is not None:
-            return self.loss(h_BSD.flatten(0, 1), w_VD, labels_BS.flatten())
-        return F.linear(h_BSD, w_VD)
+            return self.loss(h_BSD.flatten(0, 1), w_VD, by_rank(labels_BS, self.tp))
+        return gather_features(F.linear(gather_sequence(h_BSD, self.tp), w_VD), self.tp)

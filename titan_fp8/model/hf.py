@@ -45,6 +45,18 @@ def _rename(key: str, table: dict[str, str]) -> str | None:
     return None if name is None else name.format(number[1])
 
 
+def is_llama(args: DecoderArgs) -> bool:
+    """Whether the decoder computes what a Llama of these shapes does."""
+    return (
+        args.norm_placement == "pre"
+        and args.qk_norm == "none"
+        and args.activation in ("swiglu", "smooth_swiglu")
+        and args.final_norm
+        and args.input_scale == 1.0
+        and abs(args.softmax_scale * args.head_dim**0.5 - 1) < 1e-6
+    )
+
+
 class LlamaAdapter(StateDictAdapter):
     """torchtitan's StateDictAdapter for decoders that are Llama: pre-norm, gated FFN, no QK regularisation, final norm."""
 
@@ -55,18 +67,10 @@ class LlamaAdapter(StateDictAdapter):
 
     def _check(self) -> None:
         args = self.model_args
-        is_llama = (
-            args.norm_placement == "pre"
-            and args.qk_norm == "none"
-            and args.activation in ("swiglu", "smooth_swiglu")
-            and args.final_norm
-            and args.input_scale == 1.0
-            and abs(args.softmax_scale * args.head_dim**0.5 - 1) < 1e-6
-        )
-        if not is_llama:
+        if not is_llama(args):
             raise UserError(
                 f"Hugging Face's Llama form needs a Llama architecture, got norm {args.norm_placement}, qk_norm "
-                f'{args.qk_norm}, activation {args.activation}: use [architecture] preset = "llama", or keep DCP checkpoints'
+                f'{args.qk_norm}, activation {args.activation}: use [architecture] preset = "llama", or tools/export_hf.py'
             )
 
     def to_hf(self, state_dict: dict[str, Any]) -> dict[str, Any]:

@@ -1,19 +1,25 @@
-"""Activation checkpointing, torch.compile and FSDP2, in this order, on a model that still lies on the meta device."""
+"""Tensor parallel, activation checkpointing, torch.compile and FSDP2, in this order, on a model that still lies on the meta
+device."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.nn.utils.stateless import _reparametrize_module
 from torchtitan.config import TORCH_DTYPE_MAP
 from torchtitan.distributed.activation_checkpoint import apply_ac
 from torchtitan.models.llama3.infra.parallelize import disable_fsdp_gradient_division
 from torchtitan.tools.logging import logger
 
 from titan_fp8.device import gloo_safe
+from titan_fp8.errors import UserError
 from titan_fp8.float8.kernels import attention as _attention  # noqa: F401  (registers the operator named below)
+from titan_fp8.tensor_parallel import Ranks, local
 
 # With [activation_checkpoint] selective_ac_option = "op": results of these operators are kept, the rest is recomputed.
 KEPT_OPS = {
@@ -29,8 +35,23 @@ KEPT_OPS = {
 }
 
 
+# Tensor parallel, by the name of the module that owns the weight; every other parameter is on all ranks, whole.
+COLUMNS, ROWS = Shard(0), Shard(1)
+PLACEMENTS = {
+    "tok_embeddings": COLUMNS, "output": COLUMNS, "wq": COLUMNS, "wk": COLUMNS, "wv": COLUMNS, "w1": COLUMNS, "w3": COLUMNS,
+    "wo": ROWS, "w2": ROWS,
+}  # fmt: skip
+
+
 def parallelize(model: nn.Module, parallel_dims: Any, job_config: Any) -> nn.Module:
-    """torchtitan's TrainSpec.parallelize_fn. Every block is checkpointed, compiled and sharded as a unit."""
+    """torchtitan's TrainSpec.parallelize_fn. Every block is checkpointed, compiled and sharded as a unit. Raises UserError."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        everyone = Ranks(dist.group.WORLD.group_name, dist.get_world_size(), dist.get_rank())
+        for module in model.modules():
+            if hasattr(module, "recipe"):
+                module.recipe.ranks = everyone
+    if parallel_dims.tp_enabled:
+        split(model, parallel_dims.get_mesh("tp"), job_config.fp8)
     compiled = job_config.compile.enable and "model" in job_config.compile.components
     if job_config.activation_checkpoint.mode != "none":
         apply_ac(
@@ -43,15 +64,67 @@ def parallelize(model: nn.Module, parallel_dims: Any, job_config: Any) -> nn.Mod
     if compiled:
         layers = model.get_submodule("layers")
         for name, block in layers.named_children():
-            layers.register_module(
-                name, torch.compile(block, backend=job_config.compile.backend, fullgraph=True)
-            )
+            graph = torch.compile(block, backend=job_config.compile.backend, fullgraph=True)
+            if parallel_dims.tp_enabled:
+                _keep_dtensors_out(graph, block)
+            layers.register_module(name, graph)
         logger.info("Compiling each block with torch.compile")
     if parallel_dims.fsdp_enabled:
         names = ["dp_replicate", "fsdp"] if parallel_dims.dp_replicate_enabled else ["fsdp"]
         _shard(model, parallel_dims.get_mesh(names), job_config)
         gloo_safe(model)
     return model
+
+
+def split(model: nn.Module, mesh: Any, fp8: Any) -> None:
+    """Tensor parallel over a one-dimensional mesh, in place: parameters become DTensors, modules get their `tp`.
+
+    `fp8`: [fp8] of the configuration. Raises UserError if the model's dimensions do not divide.
+    """
+    _check_split(model.model_args, mesh.size(), fp8)
+    tp = Ranks(mesh.get_group().group_name, mesh.size(), mesh.get_local_rank())
+    for name, module in model.named_modules():
+        placement = PLACEMENTS.get(name.rpartition(".")[2], Replicate())
+        for key, parameter in list(module.named_parameters(recurse=False)):
+            part = distribute_tensor(parameter.detach(), mesh, [placement], src_data_rank=None)
+            module.register_parameter(key, nn.Parameter(part))
+        # A linear has to know only if its outputs are parts of a sum; the others' inputs are gathered by who calls them.
+        if hasattr(module, "tp") and (placement == ROWS or not isinstance(module, nn.Linear)):
+            module.tp = tp
+    logger.info(f"Applied tensor and sequence parallel over {tp.size} ranks")
+
+
+def _keep_dtensors_out(graph: Any, block: nn.Module) -> None:
+    """Let the compiled block see the rank's parts of the parameters. A DTensor brings its device mesh into the graph as an
+    input, and torch 2.13 then fails where activations are recomputed."""
+    run = graph.forward
+
+    def forward(*args: Any) -> Any:
+        parts = {name: local(parameter) for name, parameter in block.named_parameters()}
+        with _reparametrize_module(block, parts):
+            return run(*args)
+
+    graph.forward = forward
+
+
+def _check_split(args: Any, size: int, fp8: Any) -> None:
+    for what, number, width in (
+        ("heads", args.n_heads, args.head_dim),
+        ("kv heads", args.n_kv_heads, args.head_dim),
+        ("hidden size of the feed-forward", args.hidden_dim, 1),
+        ("vocabulary", args.vocab_size, 1),
+    ):
+        if number % size:
+            raise UserError(
+                f"[parallelism] tensor_parallel_degree must divide the model's {what}, got degree {size} for {number}: use a "
+                f"divisor"
+            )
+        aligned = fp8.recipe == "bf16" or (what == "vocabulary" and fp8.lm_head != "fp8")
+        if number // size * width % 16 and not aligned:
+            raise UserError(
+                f"FP8 GEMMs need dimensions that are multiples of 16 on every rank, got {number // size * width} from the "
+                f"model's {what} with [parallelism] tensor_parallel_degree {size}: use a smaller degree"
+            )
 
 
 def _shard(model: nn.Module, mesh: Any, job_config: Any) -> None:

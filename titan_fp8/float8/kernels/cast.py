@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
-from titan_fp8.float8.formats import FP8_MAX, fold_amax, saturating_cast
+from titan_fp8.float8.formats import FP8_MAX, fold_amax, is_fp8, saturating_cast
 
 
 def reference(
@@ -79,7 +79,7 @@ def cast_op(
 
 @triton_op("titan_fp8::cast_joined", mutates_args=())
 def cast_joined_op(matrices: list[Tensor], scale: Tensor, dtype: torch.dtype, transposed: bool) -> Tensor:
-    """The kernels behind `cast_joined`; the matrices are 16-bit CUDA tensors."""
+    """The kernels behind `cast_joined`; the matrices are 16-bit or FP8 CUDA tensors."""
     columns = matrices[0].shape[1]
     total = sum(x.shape[0] for x in matrices)
     result = torch.empty(
@@ -114,9 +114,19 @@ def cast(
 
 
 def cast_joined(matrices: Sequence[Tensor], scale: Tensor, dtype: torch.dtype, transposed: bool) -> Tensor:
-    """Matrices x_i [M_i, K] times `scale` in FP8, one below the other [M, K], or that transposed [K, M]; M = sum of M_i."""
-    if scale.device.type == "cuda" and all(x.dtype.itemsize == 2 for x in matrices):
+    """Matrices x_i [M_i, K] times `scale` in FP8, one below the other [M, K], or that transposed [K, M]; M = sum of M_i.
+
+    Matrices that are FP8 already must be of `dtype`; they are not scaled.
+    """
+    if is_fp8(matrices[0].dtype):
+        scale = torch.ones_like(scale)
+    if scale.device.type == "cuda" and all(x.dtype.itemsize <= 2 for x in matrices):
         return cast_joined_op(list(matrices), scale, dtype, transposed)
     with torch.autocast(scale.device.type, enabled=False):  # it knows no cat of FP8
         q = torch.cat([saturating_cast(x, scale, dtype) for x in matrices])
     return q.t().contiguous() if transposed else q
+
+
+def transpose(q: Tensor) -> Tensor:
+    """FP8 [M, K] -> [K, M], contiguous."""
+    return cast_joined([q], torch.ones((), device=q.device), q.dtype, True)

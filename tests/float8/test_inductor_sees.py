@@ -1,0 +1,112 @@
+"""What PyTorch believes that our Triton kernels write: exactly their results.
+
+Inductor reads it off a kernel's intermediate code. Where that fails it says so in a warning only, takes every tensor for
+written, and copies those that are needed later: a copy of the FFN's hidden state in each block, once.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import triton
+from torch import Tensor
+from torch._higher_order_ops import triton_kernel_wrap as wrap
+from triton.backends.compiler import GPUTarget
+
+from titan_fp8 import loss
+from titan_fp8.float8.formats import E4M3, E5M2
+from titan_fp8.float8.kernels import activation, cast, softmax
+
+
+class Hopper:
+    """A driver that only knows what it compiles for."""
+
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self):
+        return 0
+
+
+@pytest.fixture
+def written(monkeypatch):
+    """written(module, operator, *arguments) -> names of the arguments that each kernel it launches is said to write."""
+
+    def written(module, operator, *arguments) -> list[list[str]]:
+        seen = []
+
+        def launcher(kernel):
+            class Launcher:
+                def __getitem__(self, grid):
+                    return lambda *args, **options: seen.append(analyse(kernel, args, options))
+
+            return Launcher()
+
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "wrap_triton", launcher)
+            operator._init_fn(*arguments)
+        return seen
+
+    def analyse(kernel, args, options) -> list[str]:
+        everything = dict(zip(kernel.arg_names, args, strict=False)) | options
+        everything = {name: value for name, value in everything.items() if name in kernel.arg_names}
+        tensors = {name: value for name, value in everything.items() if isinstance(value, Tensor)}
+        constants = {name: value for name, value in everything.items() if name not in tensors}
+        table = wrap.kernel_side_table
+        return wrap.get_mutated_tensors(
+            table.add_kernel(kernel), table.add_constant_args(constants), tensors, {}
+        )
+
+    monkeypatch.setattr(triton.runtime.driver, "_active", Hopper())
+    return written
+
+
+def half(*shape: int) -> Tensor:
+    return torch.zeros(shape, dtype=torch.bfloat16)
+
+
+def one() -> Tensor:
+    return torch.ones(())
+
+
+def test_casts(written):
+    for straight, transposed, results in ((True, True, ["q_ptr", "qt_ptr"]), (False, True, ["qt_ptr"])):
+        got = written(cast, cast.cast_op, half(64, 96), one(), one(), E4M3, True, straight, transposed)
+        assert got == [["seen_ptr", *results]]
+    assert (
+        written(cast, cast.cast_joined_op, [half(64, 96), half(32, 96)], one(), E4M3, True)
+        == [["qt_ptr"]] * 2
+    )
+
+
+@pytest.mark.parametrize("kind", activation.KINDS)
+def test_activations(written, kind):
+    h = half(64, 256 if kind == "swiglu" else 128)
+    alphas = torch.ones(2) if kind == "xielu" else None
+    assert written(activation, activation.activate_op, h, alphas, one(), one(), kind, True) == [
+        ["seen_ptr", "z_ptr"]
+    ]
+    (got,) = written(
+        activation,
+        activation.activate_backward_op,
+        half(64, 128),
+        h,
+        alphas,
+        one(),
+        one(),
+        one(),
+        kind,
+        E5M2,
+        True,
+    )
+    sums = ["parts_ptr"] if kind == "xielu" else []
+    assert got == ["dh_seen_ptr", "dh_ptr", "dh_t_ptr", "z_t_ptr", *sums]
+
+
+def test_loss(written):
+    labels, lse = torch.zeros(64, dtype=torch.int64), torch.zeros(64)
+    got = written(
+        softmax, softmax.softmax_gradient_op, half(64, 128), labels, lse, torch.zeros(128, 64, dtype=E5M2)
+    )
+    assert got == [["q_ptr", "qt_ptr"]]
+    assert written(loss, loss.scale_op, half(64), one()) == [["x_ptr"]]
