@@ -13,8 +13,8 @@
 #
 # SIGTERM: the run saves a checkpoint after the step under way (on GPUs: after the next one), all machines stop, and this
 # script exits with status 143: not 0, so that no scheduler takes the job for finished. The same command goes on from there. A
-# second SIGTERM, SIGINT or SIGHUP: torchrun stops its processes within 30 s. A file that appears at TITAN_FP8_STOP_FILE does
-# what SIGTERM does. tools/launch has examples for SLURM and Kubernetes.
+# file that appears at TITAN_FP8_STOP_FILE does the same. A second SIGTERM, SIGINT or SIGHUP: torchrun kills its processes
+# after 30 s. tools/launch has examples for SLURM and Kubernetes.
 #
 # The environment is found or made by tools/setup_env.sh. Everything after the name goes to titan_fp8.train;
 # --help lists it.

@@ -721,7 +721,11 @@ def _unfit_for_tensor_parallel(c: Any) -> Iterator[tuple[str, str, str]]:
     if degree == 1:
         return
     if c.parallelism.disable_loss_parallel:
-        yield "parallelism.disable_loss_parallel", "must be false: the loss is always computed in parallel", off
+        yield (
+            "parallelism.disable_loss_parallel",
+            "must be false: the loss is always computed in parallel",
+            off,
+        )
     sections = ("training", "validation") if c.validation.enable else ("training",)
     for name in sections:
         section = _get(c, name)

@@ -8,8 +8,8 @@ logits in backward would take a fourth. Backward multiplies dh and dw, which wer
 labelled IGNORE_INDEX are not counted: loss 0, gradient 0. A label that is no token gives NaN on a GPU and an IndexError on
 CPU. Softmax and loss are float32 inside; dw is summed over chunks in float32.
 
-Tensor parallel, T ranks: every rank has N/T rows of h and V/T tokens of w. h is gathered once; of a chunk a rank computes its
-tokens' logits, and all learn all ranks' (lse, logit of the label) of each row, two numbers [T, 2, n] float32:
+Tensor parallel, T ranks: every rank has N/T rows of h and V/T tokens of w. h is gathered once; of a chunk a rank computes
+its tokens' logits, and all ranks tell each other their lse and the label's logit of each row, [T, n, 2] float32:
 
     lse = log sum_ranks exp lse_rank      logits[label] = sum_ranks (0 where another rank has the token)
 
@@ -134,7 +134,7 @@ def gradient_op(logits_nV: Tensor, labels_n: Tensor, lse_n: Tensor) -> None:
 
 
 def cross_entropy_gradient_(logits_nV: Tensor, labels_n: Tensor, lse_n: Tensor) -> None:
-    """Overwrite contiguous logits with exp(logits - lse) - onehot(label), given lse [n] float32; no one where label is no column."""
+    """Overwrite contiguous logits with exp(logits - lse) - onehot(label), given lse [n] float32; label may be no column."""
     run = gradient_op if logits_nV.device.type == "cuda" else reference_gradient
     run(logits_nV, labels_n, lse_n)
 
@@ -153,7 +153,9 @@ def split_cross_entropy_(
     here = (column >= 0) & (column < vocabulary)
     _, lse = cross_entropy_(logits_nV, torch.zeros_like(labels_n), False)
     at_label = logits_nV.gather(1, torch.where(here, column, 0)[:, None])[:, 0].float()
-    parts_Tn2 = all_gather(torch.stack((lse, torch.where(here, at_label, 0.0)), -1), tp).unflatten(0, (tp.size, -1))
+    parts_Tn2 = all_gather(torch.stack((lse, torch.where(here, at_label, 0.0)), -1), tp).unflatten(
+        0, (tp.size, -1)
+    )
     lse, at_label = parts_Tn2[..., 0].logsumexp(0), parts_Tn2[..., 1].sum(0)
     counted, token = labels_n != IGNORE_INDEX, (labels_n >= 0) & (labels_n < tp.size * vocabulary)
     lse = torch.where(token, lse, torch.where(counted, torch.nan, torch.inf))  # exp(x - inf) = 0

@@ -1,6 +1,6 @@
 """Tensor and sequence parallel: what the T ranks of a group hold, and what they send each other.
 
-    residual stream    x [B, S/T, D]: of every sequence a rank has one stretch; so have norms, residual adds and the embedding
+    residual stream    x [B, S/T, D]: of every sequence a rank has one stretch; norms and residual adds work on that
     split by columns   x --gather--> [M, D]     y [M, N/T] = x w^T     w [N/T, D]: some heads, FFN features or tokens
     split by rows      y [M, D] = x [M, K/T] w^T, one part of a sum --scatter--> [B, S/T, D]             w [D, K/T]
 
@@ -11,8 +11,8 @@ M = B S rows then lie in the order (rank, batch, position in the stretch). Only 
 `by_rank` and `by_sequence` go there and back, which costs a copy where B > 1. What every rank has whole but uses on its own
 rows (gains, curvatures) has its gradient summed over the ranks: `shared`.
 
-FP8 casts before it gathers, and bytes travel: all ranks have the same scale (float8/scaling.py). The collectives are PyTorch's
-functional ones, which torch.compile traces; a group goes by name, as a constant. With `tp` None nothing happens anywhere.
+FP8 layers cast before they gather, so bytes travel: all ranks have the same scale (float8/scaling.py). The collectives are
+PyTorch's functional ones, which torch.compile traces; a group goes by name, as a constant. With `tp` None nothing happens.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _ops = torch.ops._c10d_functional
 
 
 class Ranks(NamedTuple):
-    """A rank's place in its tensor-parallel group. Constants to torch.compile, so it travels by value."""
+    """A rank's place in a group of processes. Constants to torch.compile, so it travels by value."""
 
     group: str
     """The process group's name."""

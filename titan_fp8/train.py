@@ -36,6 +36,7 @@ from titan_fp8.data.dataset import unigram_entropy  # noqa: E402
 from titan_fp8.errors import UserError  # noqa: E402
 from titan_fp8.float8.convert import scaling_state  # noqa: E402
 from titan_fp8.float8.loss_scale import LossScaler  # noqa: E402
+from titan_fp8.interrupt import StopRequest  # noqa: E402
 from titan_fp8.stability.statistics import FiniteWatch  # noqa: E402
 
 
@@ -60,11 +61,14 @@ class Trainer(titan.Trainer):
         }
         # [P] bool: parameters of which a tensor-parallel rank has a part. "tp" is the last dimension of their mesh.
         self.split = torch.tensor(
-            [dims.tp_enabled and p.placements[-1].is_shard() for p in self.parameters.values()], device=self.device
+            [dims.tp_enabled and p.placements[-1].is_shard() for p in self.parameters.values()],
+            device=self.device,
         )
         self.watch = FiniteWatch(blocks, list(self.parameters), self.device)
         self.token_bytes = torch.from_numpy(self.tokenizer.token_byte_lengths())  # stays on CPU, as labels do
         self.started = False  # has this process trained a step
+        self.stop_request = StopRequest(self.device)
+        self.stopped = False  # as asked, before the last step
 
         self.checkpointer.close()
         self.checkpointer = SafeCheckpointManager(
@@ -247,9 +251,24 @@ class Trainer(titan.Trainer):
         logger.warning(f"Skipped the optimizer: {what}")
         self.watch.forget()
 
+    def should_continue_training(self) -> bool:
+        if not super().should_continue_training():
+            return False
+        if self.stop_request.due():
+            self._stop_if_bad()
+            self.stopped = True
+            saved = self.started and self.checkpointer.save_now(self.step)
+            logger.warning(self.stop_request.answer(self.step, saved))
+        return not self.stopped
+
+    def close(self) -> None:
+        if hasattr(self, "stop_request"):
+            self.stop_request.close()
+        super().close()
+
     def train(self) -> None:
         super().train()
-        if not self.started:
+        if not self.started and not self.stopped:
             config = self.job_config
             raise UserError(
                 f"{config.job.dump_folder} holds a finished run, step {self.step} of {config.training.steps}: train on with "

@@ -58,7 +58,9 @@ def build(gather: str, compile: bool, checkpointing: str) -> nn.Module:
         model = Decoder(args)
         convert(model, Fp8(attention="full", amax_history=4, all_gather=gather), sharded=True)
     mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("fsdp",))
-    dims = SimpleNamespace(fsdp_enabled=True, tp_enabled=False, dp_replicate_enabled=False, get_mesh=lambda _: mesh)
+    dims = SimpleNamespace(
+        fsdp_enabled=True, tp_enabled=False, dp_replicate_enabled=False, get_mesh=lambda _: mesh
+    )
     model = parallelize(model, dims, config)
     model.to_empty(device="cpu")
     torch.manual_seed(0)

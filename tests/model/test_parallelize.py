@@ -146,7 +146,9 @@ def test_fsdp_shards_blocks_and_changes_nothing(gloo, build, plain, tokens):
     from torch.distributed.device_mesh import init_device_mesh
 
     mesh = init_device_mesh("cpu", (1,), mesh_dim_names=("fsdp",))
-    dims = SimpleNamespace(fsdp_enabled=True, tp_enabled=False, dp_replicate_enabled=False, get_mesh=lambda names: mesh)
+    dims = SimpleNamespace(
+        fsdp_enabled=True, tp_enabled=False, dp_replicate_enabled=False, get_mesh=lambda names: mesh
+    )
     model = build(config("full"), dims)
     units = [name for name, module in model.named_modules() if isinstance(module, FSDPModule)]
     assert units == ["", "layers.0", "layers.1"]

@@ -222,7 +222,7 @@ def test_sparse_rows_tell_the_same_story():
 
 
 def test_one_outlier_is_no_risk_and_blinds_nothing():
-    """It counts for 3 s at most: worth no trend, and no noise that would hide one. Of 32 rows it is a tenth of the noise."""
+    """It counts for 3 s at most, a tenth of the noise that 32 rows make: 1 to 4 rows later (8 seeds); unclipped 13 to 16."""
     rng = np.random.default_rng(int(time.time()))
     rows = growth(rng, 420, begin=200, rate=0.012)
     hit = [(s, dict(row)) for s, row in rows]
@@ -233,7 +233,7 @@ def test_one_outlier_is_no_risk_and_blinds_nothing():
     def first(predictions):
         return next(p.step for p in predictions if p.risk >= 0.5)
 
-    assert abs(first(outlier) - first(plain)) <= 20
+    assert abs(first(outlier) - first(plain)) <= 8
 
 
 def test_a_rollback_and_a_long_gap():

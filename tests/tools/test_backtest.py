@@ -21,9 +21,9 @@ from titan_fp8.stability.predictor import Cause, Prediction
 
 TOOLS = Path(__file__).parents[2] / "tools"
 LAYERS = 4
-HEALTHY = ("plain", "bumps", "warm_up", "decay")
+HEALTHY = ("plain", "bumps", "warm_up", "decay", "spike")
 DIVERGING = ("kurtosis", "swiglu", "headroom", "logits", "gradient", "nan")
-REPORT_SEED = 20_000  # parameters were looked at with seeds below 1000
+REPORT_SEED = 90_000  # parameters were chosen on seeds 0 to 7
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +96,11 @@ def recording(kind, seed, longest=1200):
             0.01, 0.9
         )
         series[f"layers.{layer}.attention.logit_max"] = np.log(4) + rng.uniform(0.5, 2) * warm + noise(0.1)
+
+    if kind == "spike":  # a bad batch or a few, and back within the next rows
+        first, length = int(rng.integers(count // 4, count - 10)), int(rng.integers(1, 7))
+        loss[first : first + length] *= 1 + 0.3 * np.linspace(1, 0.1, length)
+        gradient[first : first + length] += np.log(6)
 
     sick = int(rng.integers(LAYERS))
     z, align = f"layers.{sick}.feed_forward.z", f"layers.{sick}.swiglu.alignment_max"
@@ -285,7 +290,7 @@ def test_bad_input_is_one_line_and_status_2(backtest, tmp_path, capsys, monkeypa
 
 @pytest.fixture(scope="module")
 def recordings(backtest):
-    """{name: rows}: 12 healthy and 12 diverging runs with seeds that no parameter was chosen on."""
+    """{name: (rows, divergence)}: 15 healthy and 12 diverging runs with seeds that no parameter was chosen on."""
     kinds = [(kind, i) for kind in HEALTHY for i in range(3)] + [
         (kind, i) for kind in DIVERGING for i in range(2)
     ]
@@ -300,7 +305,7 @@ def test_synthetic_divergences_are_foretold(backtest, recordings):
         assert (run.off is None) == (end is None), name
         verdicts.append(backtest.judge(run, 0.5, 3))
     found = backtest.summarise(verdicts)
-    assert found["divergences"] == 12 and found["healthy_runs"] == 12
+    assert found["divergences"] == 12 and found["healthy_runs"] == 15
     assert found["warned_share"] >= 0.9
     assert found["warned_before_share"] >= 0.8  # a NaN out of nowhere cannot be foretold: 2 of 12 runs
     assert found["median_lead_percent"] >= 10

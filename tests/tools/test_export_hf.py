@@ -167,6 +167,7 @@ def bpe_file(folder: Path) -> Path:
     """A tiktoken file with random merges: tokens of tokens, so that the order of merging matters."""
     letters = b"abcde \n\xc3\xa9"
     vocabulary = [bytes([value]) for value in range(256)]
+    vocabulary += [b"xy", b"wx", b"yz", b"wxyz"]  # merging "wxyz" begins with "xy" and never makes it
     while len(vocabulary) < 400:
         parts = [t for t in vocabulary if all(byte in letters for byte in t) and len(t) < 6]
         token = random.choice(parts) + random.choice(parts)
@@ -194,6 +195,9 @@ def test_tokenizer_gives_our_ids(tool, tmp_path, name):
         "".join(chr(random.choice((*range(32, 0x250), *range(0x3040, 0x3100)))) for _ in range(99))
         for _ in range(50)
     ]
+    # Tokens alone: tiktoken takes a whole piece that is a token without asking whether merging would make it.
+    texts += ["wxyz"]
+    texts += [ours.decode([number]) for number in random.choices(list(ours._ranks.values()), k=400)]
     for text in texts:
         ids = theirs(text)["input_ids"]
         assert ids == ours.encode(text, add_bos=True), text

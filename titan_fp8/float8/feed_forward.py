@@ -20,8 +20,14 @@ import torch
 from torch import Tensor, nn
 
 from titan_fp8.tensor_parallel import (
-    Ranks, all_gather, begin_gather, begin_scatter, finish, local, reduce_scatter,
-)  # fmt: skip
+    Ranks,
+    all_gather,
+    begin_gather,
+    begin_scatter,
+    finish,
+    local,
+    reduce_scatter,
+)
 
 from .formats import E4M3, E5M2
 from .kernels.activation import KINDS, activate, activate_backward
@@ -37,7 +43,9 @@ class _Float8FeedForward(torch.autograd.Function):
     def forward(ctx, x_MK, alphas, state, kind: str, rule: CastRule, tp: Ranks | None, w2_KF, *ups):
         (s_x, a_x), (s_up, _), (s_z, a_z), (s_w2, _), (s_dh, a_dh), (s_dy, a_dy) = state
         s_x = scale_in_use(x_MK, s_x, E4M3, rule)
-        x8_MK, x8_t_KM = cast(x_MK, s_x, a_x, E4M3, rule.record, True, tp is None and any(ctx.needs_input_grad))
+        x8_MK, x8_t_KM = cast(
+            x_MK, s_x, a_x, E4M3, rule.record, True, tp is None and any(ctx.needs_input_grad)
+        )
         kept = x8_t_KM if tp is None else x8_MK
         x8_MK = all_gather(x8_MK, tp)
         h_MN = scaled_mm(x8_MK, join(ups, s_up, False).t(), s_x, s_up, x_MK.dtype, fast=True)

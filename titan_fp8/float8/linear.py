@@ -16,8 +16,8 @@ Tensor parallel, T ranks (titan_fp8/tensor_parallel.py): what is gathered is gat
     by rows      x8 [M, K/T]                       y  [M, N] --scatter--> [M/T, N]                    w [N, K/T]
                  dy8 [M/T, N] --gather--> [M, N]   dx [M, K/T]
 
-By columns, x8 [M/T, K] is kept and gathered again backward, while the GEMM for dx runs: that costs M K bytes of traffic nobody
-waits for, and keeping x8 whole would take T times the memory in every layer. dx is scattered while the GEMM for dw runs.
+By columns, x8 [M/T, K] is kept and gathered again backward, while the GEMM for dx runs: M K bytes of traffic that nobody
+waits for, where x8 kept whole would take T times the memory in every layer. dx is scattered while the GEMM for dw runs.
 """
 
 from __future__ import annotations
@@ -28,8 +28,16 @@ import torch
 from torch import Tensor, nn
 
 from titan_fp8.tensor_parallel import (
-    Ranks, all_gather, begin_gather, begin_scatter, by_rank, by_sequence, finish, local, reduce_scatter,
-)  # fmt: skip
+    Ranks,
+    all_gather,
+    begin_gather,
+    begin_scatter,
+    by_rank,
+    by_sequence,
+    finish,
+    local,
+    reduce_scatter,
+)
 
 from .formats import E4M3, E5M2
 from .kernels.cast import cast, cast_joined, transpose

@@ -1,8 +1,8 @@
 """torchao's Float8Linear on this rank's part of the weight (titan_fp8/tensor_parallel.py).
 
-torchao's own tensor-parallel styles gather activations in FP8 with one amax over the ranks per tensor and use; gloo cannot
-carry them. Here activations travel in the compute dtype, and each rank scales its part of the weight, and of what lies between
-two split linears, by that part's own amax: at least as fine a scale as one process has, and no collective for it.
+torchao's own tensor-parallel styles gather activations in FP8, after an all-reduce for each tensor's amax; gloo cannot carry
+them. Here activations travel in the compute dtype, and each rank scales its part of the weight, and of what lies between two
+split linears, by that part's own amax: at least as fine a scale as one process has, and no collective for it.
 """
 
 from __future__ import annotations

@@ -79,8 +79,8 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 def smooth_swiglu(gate: Tensor, up: Tensor, tp: Ranks | None = None) -> tuple[Tensor, Tensor]:
     """(z, 1/s): z = s * up * swish(gate), of the inputs' shape [..., F]; 1/s of shape [..., 1] goes behind the GEMM.
 
-    s is a power of two near 1 / max_i |up_i|, so that scaling loses no bit; a token whose branch is all zeros has s = 1. With
-    `tp` a rank has some of the features, and s is that of all.
+    s is a power of two near 1 / max_i |up_i|, so that scaling loses no bit; a token whose branch is all zeros has s = 1.
+    With `tp` a rank has some of the features, and s is that of all.
     """
     size = all_max(up.detach().abs().amax(dim=-1, keepdim=True).float(), tp)
     exponent = torch.where((size > 0) & size.isfinite(), size, 1.0).log2().ceil()

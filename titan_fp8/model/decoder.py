@@ -9,8 +9,8 @@ Attention regularises q and k per head before RoPE, with no trained gain (FOG, a
 logits. RoPE turns the two halves of a head (Hugging Face's layout), so Llama checkpoints load without permuting rows.
 
 Shapes: B batch, S sequence, D dim, H query heads, K kv heads, C head_dim, F hidden of the FFN, V vocabulary.
-All GEMMs of a block are Linears or inside `inner_attention`; `titan_fp8.float8.convert` swaps both, and what joins several of
-them: `FanOut` and `FeedForward`. Where `parallelize` has set a module's `tp`, the residual stream is [B, S/T, D], and the
+All GEMMs of a block are Linears or inside `inner_attention`; `titan_fp8.float8.convert` swaps both, and what joins several
+of them: `FanOut` and `FeedForward`. Where `parallelize` has set a module's `tp`, the residual stream is [B, S/T, D], and the
 linears, heads and tokens are split over T ranks (titan_fp8/tensor_parallel.py).
 """
 
@@ -24,8 +24,15 @@ from torchtitan.protocols.model import ModelProtocol
 
 from titan_fp8.loss import ChunkedLoss
 from titan_fp8.tensor_parallel import (
-    Ranks, by_rank, gather_features, gather_sequence, local, own_stretch, scatter_sequence, shared,
-)  # fmt: skip
+    Ranks,
+    by_rank,
+    gather_features,
+    gather_sequence,
+    local,
+    own_stretch,
+    scatter_sequence,
+    shared,
+)
 
 from .activations import GATED, XIELU, gelu, smooth_swiglu, swiglu
 from .args import DecoderArgs
@@ -42,7 +49,7 @@ def init_normal_(weight: Tensor, std: float) -> None:
 
 
 class Linear(nn.Linear):
-    """nn.Linear without bias, on this rank's part of the weight. With `tp` its outputs are parts of a sum, which it scatters."""
+    """nn.Linear without bias, on this rank's part of the weight. With `tp` outputs are parts of a sum, and scattered."""
 
     tp: Ranks | None = None
 

@@ -3,6 +3,7 @@ device."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -44,7 +45,10 @@ PLACEMENTS = {
 
 
 def parallelize(model: nn.Module, parallel_dims: Any, job_config: Any) -> nn.Module:
-    """torchtitan's TrainSpec.parallelize_fn. Every block is checkpointed, compiled and sharded as a unit. Raises UserError."""
+    """torchtitan's TrainSpec.parallelize_fn. Every block is checkpointed, compiled and sharded as a unit.
+
+    Raises UserError if the model cannot be split over as many tensor-parallel ranks.
+    """
     if dist.is_initialized() and dist.get_world_size() > 1:
         everyone = Ranks(dist.group.WORLD.group_name, dist.get_world_size(), dist.get_rank())
         for module in model.modules():
@@ -108,22 +112,21 @@ def _keep_dtensors_out(graph: Any, block: nn.Module) -> None:
 
 
 def _check_split(args: Any, size: int, fp8: Any) -> None:
-    for what, number, width in (
-        ("heads", args.n_heads, args.head_dim),
-        ("kv heads", args.n_kv_heads, args.head_dim),
-        ("hidden size of the feed-forward", args.hidden_dim, 1),
-        ("vocabulary", args.vocab_size, 1),
+    for what, number, width, fp8_gemm in (
+        ("heads", args.n_heads, args.head_dim, fp8.recipe != "bf16"),
+        ("kv heads", args.n_kv_heads, args.head_dim, fp8.recipe != "bf16"),
+        ("hidden size of the feed-forward", args.hidden_dim, 1, fp8.recipe != "bf16"),
+        ("vocabulary", args.vocab_size, 1, fp8.lm_head == "fp8"),
     ):
-        if number % size:
+        unit = size * (16 // math.gcd(16, width) if fp8_gemm else 1)
+        if number % unit:
+            why = f" (FP8 GEMMs need multiples of 16 on each of {size} ranks)" if unit > size else ""
+            remedy = "use a smaller degree"
+            if what == "vocabulary":
+                remedy = f"write [architecture] vocab_size = {-(-number // unit) * unit}"
             raise UserError(
-                f"[parallelism] tensor_parallel_degree must divide the model's {what}, got degree {size} for {number}: use a "
-                f"divisor"
-            )
-        aligned = fp8.recipe == "bf16" or (what == "vocabulary" and fp8.lm_head != "fp8")
-        if number // size * width % 16 and not aligned:
-            raise UserError(
-                f"FP8 GEMMs need dimensions that are multiples of 16 on every rank, got {number // size * width} from the "
-                f"model's {what} with [parallelism] tensor_parallel_degree {size}: use a smaller degree"
+                f"with [parallelism] tensor_parallel_degree {size} the model's {what} must be a multiple of {unit}{why}, "
+                f"got {number}: {remedy}"
             )
 
 

@@ -316,7 +316,10 @@ class Predictor:
         self._row_names = names
 
     def update(self, step: int, values: Mapping[str, float]) -> Prediction:
-        """Take in the row of `step`; values of unknown statistics are ignored while they are finite."""
+        """Take in the row of `step`, e.g. `series_of` a row of the journal.
+
+        Values of unknown statistics are ignored while they are finite; a logarithm's that are not positive are unknown.
+        """
         par, names = self.parameters, list(values)
         if names != self._row_names:
             self._lay_out(names)

@@ -257,7 +257,7 @@ class FogModel(FogPreTrainedModel):
                     f"attention_mask must be [batch, {past + queries}] (cached tokens and new ones), got "
                     f"{list(attention_mask.shape)}: pass the tokenizer's, extended by one column for each new token"
                 )
-            # A query in the padding sees itself: a row without any key would be 0/0.
+            # A query in the padding sees itself: for a row without any key some kernels return NaN.
             mask = mask & attention_mask[:, None, None, :].bool() | (key == at)
         return mask
 
