@@ -213,6 +213,9 @@ ADDED = {
     "CONFIG_FILE=train_configs/fog_390m.toml bash run_train.sh --training.steps=20": "gpu",
     "python tools/prepare_data.py --path my_text --out shards --tokenizer byte": "",
     "bash run_train.sh --data.source=shards --data.path=shards --job.dump_folder=outputs/mine": " --training.steps=3",
+    "python tools/plan.py train_configs/fog_8b.toml --gpus 256 --tp 2": "",
+    "NNODES=2 RDZV_ENDPOINT=node0:29500 MAX_RESTARTS=3 bash run_train.sh": None,  # test_launch.py, two at once
+    "python tools/export_hf.py --config train_configs/debug.toml --checkpoint outputs/debug/checkpoint/step-200 --out exported": "",  # noqa: E501
 }
 
 

@@ -13,8 +13,10 @@ run was interrupted and not finished. The processes themselves exit with status 
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,19 @@ import torch
 import torch.distributed as dist
 
 STOP_FILE = "TITAN_FP8_STOP_FILE"
+_PR_SET_PDEATHSIG = 1  # Linux, <sys/prctl.h>
+
+
+def die_with_launcher() -> None:
+    """Let the kernel kill this process when torchrun dies, even by SIGKILL. Does nothing without torchrun or off Linux.
+
+    torchrun starts workers in sessions of their own: they would train on, unseen, in the folder of whoever starts next.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ or sys.platform != "linux":
+        return
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() == 1:  # it died before we asked
+        sys.exit(1)
 
 
 class StopRequest:

@@ -36,7 +36,7 @@ from titan_fp8.data.dataset import unigram_entropy  # noqa: E402
 from titan_fp8.errors import UserError  # noqa: E402
 from titan_fp8.float8.convert import scaling_state  # noqa: E402
 from titan_fp8.float8.loss_scale import LossScaler  # noqa: E402
-from titan_fp8.interrupt import StopRequest  # noqa: E402
+from titan_fp8.interrupt import StopRequest, die_with_launcher  # noqa: E402
 from titan_fp8.stability.statistics import FiniteWatch  # noqa: E402
 
 
@@ -312,6 +312,7 @@ def _report(error: UserError) -> None:
 
 def main() -> int:
     """Train as the command line says. Exit status 0, or 2 after an error the user can mend."""
+    die_with_launcher()
     try:
         config = load_config(sys.argv[1:])
         init_logger()
