@@ -78,10 +78,8 @@ def convert(model: nn.Module, fp8: Fp8, sharded: bool = False) -> int:
             f"[fp8] filter must leave at least one linear with recipe {fp8.recipe!r}, got {fp8.filter}: "
             'take a "!pattern" out, or write recipe = "bf16"'
         )
-    for (
-        name,
-        linear,
-    ) in chosen.items():  # the head's dimensions are checked with them: D is a block's, V by DecoderArgs
+    # The head's dimensions are checked with these: D is a block's, and DecoderArgs checks V.
+    for name, linear in chosen.items():
         if linear.in_features % 16 or linear.out_features % 16:
             raise UserError(
                 f"FP8 GEMMs need dimensions that are multiples of 16, {name} is {linear.in_features} -> "
