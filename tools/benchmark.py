@@ -3,6 +3,7 @@
     python tools/benchmark.py --model 8b-slice [--variants "a,b"] [--profile] [--loss-curves 200] --out r.json
     python tools/benchmark.py --gemm-only --model 8b-slice     rates of the model's own GEMMs, bf16 and FP8
     python tools/benchmark.py --attention-only                 FP8 attention beside cuDNN's, times and errors
+    python tools/benchmark.py --optimizer-only --model 1.5b    an optimizer step, FP8 Adam beside torch's and torchao's
     python tools/benchmark.py --draw r.json                    table and picture of a recorded result, without a GPU
 
 Every variant is a model of the same shape and, within a thousandth, the same parameters, in bf16, with torch.compile per
@@ -32,6 +33,7 @@ for noisy in ("torchao", "torch.utils._pytree"):
 
 import bench_attention  # noqa: E402  # pyrefly: ignore
 import bench_gemms  # noqa: E402  # pyrefly: ignore
+import bench_optimizer  # noqa: E402  # pyrefly: ignore
 import bench_report  # noqa: E402  # pyrefly: ignore
 import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
@@ -74,7 +76,7 @@ class Recipe:
     linears: str
     attention: bool = False
     head: bool = False
-    adam: bool = False  # FP8 moments, by our optimizer
+    moments: str = "torch"  # of torch's fused AdamW, or of ours in "bf16" or "fp8"
     forward: str = "auto"  # [fp8] attention_forward
 
 
@@ -87,7 +89,7 @@ VARIANTS = {
     "llama fp8 full": Recipe("llama", "delayed", True),
     "fog_max fp8 full": Recipe("fog_max", "delayed", True),
     "fog_max fp8 full + head": Recipe("fog_max", "delayed", True, True),
-    "fog_max fp8 full + head + adam": Recipe("fog_max", "delayed", True, True, True),
+    "fog_max fp8 full + head + adam": Recipe("fog_max", "delayed", True, True, "fp8"),
     "fog_opt fp8 full": Recipe("fog_opt", "delayed", True),
     "fog_flash fp8 full": Recipe("fog_flash", "delayed", True),
     # Not by default: on request.
@@ -95,6 +97,8 @@ VARIANTS = {
     "fog_max bf16": Recipe("fog_max", "bf16"),
     "fog_max fp8 linears": Recipe("fog_max", "delayed"),
     "fog_max fp8 full, cudnn": Recipe("fog_max", "delayed", True, forward="cudnn"),
+    "fog_max fp8 full + adam16": Recipe("fog_max", "delayed", True, moments="bf16"),
+    "fog_max fp8 full + head + adam16": Recipe("fog_max", "delayed", True, True, "bf16"),
 }
 DEFAULT = list(VARIANTS)[:10]
 
@@ -185,6 +189,14 @@ def markov_tokens(
     return list(tokens), float(-(p * p.log()).sum())
 
 
+def make_optimizer(moments: str, model: nn.Module) -> torch.optim.Optimizer:
+    settings: dict[str, Any] = {"lr": LEARNING_RATE, "betas": (0.9, 0.95), "weight_decay": 0.1}
+    if moments == "torch":
+        return torch.optim.AdamW(model.parameters(), **settings, fused=True)
+    formats = {"first_moment": "bf16", "second_moment": "bf16"} if moments == "bf16" else {}
+    return Fp8AdamW(model.parameters(), **settings, **formats)
+
+
 class Variant:
     """A model on the GPU, its optimizer, and a step on given tokens."""
 
@@ -194,11 +206,6 @@ class Variant:
         self.model = build(shape, seq_len, VARIANTS[name]).to_empty(device="cuda").train()
         self.parameters = sum(p.numel() for p in self.model.parameters())
         self.scaling = scaling_state(self.model)
-        settings: dict[str, Any] = {"lr": LEARNING_RATE, "betas": (0.9, 0.95), "weight_decay": 0.1}
-        if VARIANTS[name].adam:
-            self.optimizer: torch.optim.Optimizer = Fp8AdamW(self.model.parameters(), **settings)
-        else:
-            self.optimizer = torch.optim.AdamW(self.model.parameters(), **settings, fused=True)
         self.reset()
         for key, block in list(self.model.layers.named_children()):
             self.model.layers.register_module(key, torch.compile(block, fullgraph=True))
@@ -207,9 +214,9 @@ class Variant:
         self.persistent = self.peak = 0
 
     def reset(self) -> None:
-        """Weights from the seed, and no history."""
+        """Weights from the seed, a new optimizer, and no history."""
         torch.manual_seed(SEED)
-        self.optimizer.state.clear()
+        self.optimizer = make_optimizer(VARIANTS[self.name].moments, self.model)
         with torch.no_grad():
             self.model.init_weights(buffer_device=torch.device("cuda"))
 
@@ -439,6 +446,11 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
         "--dtype", choices=list(BY_NAME), default="e4m3", help="for --attention-only: of dO and dS"
     )
     parser.add_argument("--gemm-only", action="store_true", help="only the rates of the model's own GEMMs")
+    parser.add_argument(
+        "--optimizer-only",
+        action="store_true",
+        help="FP8 Adam beside torch's and torchao's on the model's matrices",
+    )
     parser.add_argument("--draw", type=Path, metavar="JSON", help="table and picture of a recorded result")
     parser.add_argument("--out", type=Path, help="write the result as JSON, and its picture beside it")
     options = parser.parse_args(arguments)
@@ -493,6 +505,11 @@ def main(arguments: list[str] | None = None) -> int:
             result = measure_rates(names, shape, options.seq_len, options.batch or shape.batch)
             for preset, rows in result.items():
                 print(f"GEMMs of {preset}:\n{bench_gemms.table(rows)}\n")
+        elif options.optimizer_only:
+            model = build(SHAPES[options.model], 128, VARIANTS["llama bf16"])
+            shapes = [tuple(p.shape) for p in model.parameters()]
+            result = bench_optimizer.run(shapes, torch.bfloat16, list(bench_optimizer.OPTIMIZERS))
+            print(bench_optimizer.table(result))
         else:
             shape = SHAPES[options.model]
             # Before memory is taken: on meta.
