@@ -42,7 +42,7 @@ OURS = {
     "float8.formats": [],
     "float8.kernels.*": ["float8.formats", "float8.kernels*"],
     "float8.scaling": ["float8.formats", "tensor_parallel"],
-    "float8.weights": ["float8.formats"],
+    "float8.weights": ["float8.formats", "float8.kernels.cast"],
     "float8.linear": [
         "float8.kernels*",
         "float8.scaling",

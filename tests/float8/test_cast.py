@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from titan_fp8.float8.formats import E4M3, E5M2, saturating_cast
-from titan_fp8.float8.kernels.cast import cast, cast_joined, reference
+from titan_fp8.float8.kernels.cast import cast, cast_joined, cast_rows, reference
 
 
 def draw(*shape: int, dtype: torch.dtype, device: str = "cpu") -> torch.Tensor:
@@ -50,6 +50,18 @@ def test_joined_matrices_are_casts_one_below_the_other(rows, device):
     for transposed, expected in ((False, q), (True, qt)):
         got = cast_joined(matrices, scale, E4M3, transposed)
         assert got.is_contiguous() and torch.equal(got.view(torch.uint8), expected.view(torch.uint8))
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [0, 1, 37])
+def test_rows_are_cast_as_the_reference_does(rows, dtype, device):
+    x, scale = draw(rows, 2100, dtype=dtype, device=device), torch.tensor(150.0, device=device)
+    if rows:
+        x[0, 0], x[-1, -1] = torch.nan, torch.inf
+    got = cast_rows(x, scale, E4M3)
+    assert got.shape == x.shape
+    assert torch.equal(got.view(torch.uint8), saturating_cast(x, scale, E4M3).view(torch.uint8))
 
 
 @pytest.mark.gpu

@@ -232,7 +232,8 @@ class FogModel(FogPreTrainedModel):
             h_BSD = block(h_BSD, rope, mask, past_key_values)
         if self.norm is not None:
             h_BSD = self.norm(h_BSD)
-        return BaseModelOutputWithPast(last_hidden_state=h_BSD, past_key_values=past_key_values)
+        # transformers 5.24 calls it `cache`; the old name works in every 5.x.
+        return BaseModelOutputWithPast(last_hidden_state=h_BSD, past_key_values=past_key_values)  # pyrefly: ignore
 
     def _rope(self, position_ids_BS: Tensor) -> tuple[Tensor, Tensor]:
         """cos, sin [B, S, C/2] float32. Computed each time: a buffer would be garbage after a lazy load."""
@@ -306,4 +307,5 @@ class FogForCausalLM(FogPreTrainedModel, GenerationMixin):
             loss = self.loss_function(
                 logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
             )
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=out.past_key_values)
+        cache = out.past_key_values
+        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)  # pyrefly: ignore
