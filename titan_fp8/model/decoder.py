@@ -225,7 +225,7 @@ class FeedForward(nn.Module):
 
     tp: Ranks | None = None
 
-    def __init__(self, args: DecoderArgs, observer: Observer):
+    def __init__(self, args: DecoderArgs, observer: Observer | None = None):
         super().__init__()
         self.activation = args.activation
         self.w1 = Linear(args.dim, args.hidden_dim)
@@ -233,7 +233,7 @@ class FeedForward(nn.Module):
         self.w3 = Linear(args.dim, args.hidden_dim) if self.activation in GATED else None
         self.up = FanOut("w1") if self.w3 is None else FanOut("w1", "w3")
         self.act = XIELU() if self.activation == "xielu" else None
-        self.probes = sites(observer, "ffn_up", "ffn_act", "ffn_out")
+        self.probes = sites(observer or Observer(), "ffn_up", "ffn_act", "ffn_out")
 
     def forward(self, x_BSD: Tensor) -> Tensor:
         up, act, out = (self.probes[name] for name in ("ffn_up", "ffn_act", "ffn_out"))

@@ -155,6 +155,10 @@ class Statistics:
         self.matrices = {name.removesuffix(".weight"): p for name, p in named.items() if p.dim() == 2}
         gates = [name for name in self.matrices if name.endswith(".feed_forward.w3")]
         self.gated = [name.removesuffix(".w3") for name in gates]
+        self.first_rows = [_first_row(p) for p in self.matrices.values()]
+        rows = self._rows()
+        counts = [[_inner(p).numel() for p in self.matrices.values()], [x.numel() for x in rows]]
+        self.counts = torch.tensor(counts, dtype=torch.float64, device=device)  # [2, W]
         self._before: list[Tensor] = []
 
     def begin(self) -> None:
@@ -172,14 +176,8 @@ class Statistics:
 
     def _rows(self) -> list[Tensor]:
         """Rows 0, 64, 128, ... of each whole matrix, as far as they are here."""
-        rows = []
-        for p in self.matrices.values():
-            first = 0
-            if isinstance(p, DTensor):
-                _, (offset, _) = compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)
-                first = -offset % ROWS
-            rows.append(_inner(p)[first::ROWS])
-        return rows
+        pairs = zip(self.matrices.values(), self.first_rows, strict=True)
+        return [_inner(p)[first::ROWS] for p, first in pairs]
 
     @torch.no_grad()
     def collect(self) -> Table:
@@ -251,9 +249,7 @@ class Statistics:
             columns.append(
                 torch.stack(torch._foreach_norm(tensors, 2.0, dtype=torch.float32)).double().square()
             )
-        counts = torch.tensor([[x.numel() for x in now], [x.numel() for x in rows]], dtype=torch.float64)
-        counts = counts.to(device, non_blocking=True)
-        return torch.stack((columns[0], counts[0], columns[1], counts[1]), 1).flatten()
+        return torch.stack((columns[0], self.counts[0], columns[1], self.counts[1]), 1).flatten()
 
     def _tell_probes(self, table: _Table, maxima: int) -> None:
         names = list(self.probes)
@@ -334,6 +330,14 @@ def _inner(p: Tensor) -> Tensor:
     for wrapped in ("rows", "_tensor"):  # our ShardedWeight, torchao's: prepared to be gathered in FP8
         part = getattr(part, wrapped, part)
     return part
+
+
+def _first_row(p: Tensor) -> int:
+    """The first row here that is one of rows 0, 64, 128, ... of the whole matrix."""
+    if not isinstance(p, DTensor):
+        return 0
+    _, (offset, _) = compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)
+    return -offset % ROWS
 
 
 def row_cosines(a: Tensor, b: Tensor) -> Tensor:
