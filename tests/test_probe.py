@@ -137,3 +137,24 @@ def test_a_site_looks_only_when_told():
     site.eval()
     assert site(x) is x and not site.sums.any()
     assert not site.state_dict()
+
+
+@pytest.mark.gpu
+def test_compiled_sums_on_a_gpu_are_float64s():
+    """Inductor's kernels, which add in trees and divide within 2 ulps: within the bound for adding one by one."""
+    rows = 4096
+    x = heavy(2, 512, rows).cuda()
+    scale = torch.tensor(1.0, device="cuda")
+
+    def look(x: torch.Tensor) -> torch.Tensor:
+        return sample_sums(x, 2, cast=Cast(scale, FP8_MAX[E4M3], ROUNDS_TO_ZERO[E4M3]))
+
+    sums, wide = torch.compile(look, fullgraph=True)(x), x.double()
+    for column, power in ((SQUARES, 2), (FOURTHS, 4)):
+        torch.testing.assert_close(
+            sums[:, column], wide.pow(power).sum((1, 2)), rtol=(rows + 8) * 2.0**-24, atol=0
+        )
+    q = saturating_cast(x, scale, E4M3).float()
+    assert sums[:, SATURATED].tolist() == (wide.abs() > FP8_MAX[E4M3]).sum((1, 2)).tolist()
+    assert sums[:, UNDERFLOWED].tolist() == ((q == 0) & (x != 0)).sum((1, 2)).tolist()
+    assert torch.equal(sums[:, AMAX], wide.abs().amax((1, 2)))

@@ -71,7 +71,9 @@ class Trainer(titan.Trainer):
         if job_config.stability.statistics:
             tp = dims.get_mesh("tp").get_group() if dims.tp_enabled else None
             batch = job_config.training.local_batch_size
-            self.statistics = Statistics(self.model, self.model.observer, batch, tp, self.scaling)
+            self.statistics = Statistics(
+                self.model, self.model.observer, batch, tp, self.scaling, self.device
+            )
         self.monitor_saved = True  # in the checkpoint that is about to be loaded
         self.started = False  # has this process trained a step
         self.first_step = 0  # of this process

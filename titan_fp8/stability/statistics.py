@@ -126,15 +126,25 @@ class Statistics:
         collect()           after it, and after DelayedScaling.update
 
     `batch`: samples of a micro-batch on this rank. `tp`: the tensor-parallel group. `scaling`: the model's DelayedScaling,
-    for headroom and jump of its tensors. Nothing here has to be in a checkpoint.
+    for headroom and jump of its tensors. `device`: where the model computes, if its parameters are offloaded.
+    Nothing here has to be in a checkpoint.
     """
 
-    def __init__(self, model: nn.Module, observer: Observer, batch: int, tp: Any = None, scaling: Any = None):
+    def __init__(
+        self,
+        model: nn.Module,
+        observer: Observer,
+        batch: int,
+        tp: Any = None,
+        scaling: Any = None,
+        device: torch.device | None = None,
+    ):
         self.observer, self.tp = observer, tp
         self.probes: dict[str, Probe] = {}
         self.attentions: dict[str, AttentionSite] = {}
         self.sites: list[bool] = []  # of the probes: is it a site, with mean, rms, kurtosis and amax
-        device = next(model.parameters()).device
+        home = next(model.parameters()).device
+        self.device = device = device or home
         for path, module in model.named_modules():
             if not isinstance(module, Probe):
                 continue
@@ -158,7 +168,7 @@ class Statistics:
         self.first_rows = [_first_row(p) for p in self.matrices.values()]
         rows = self._rows()
         counts = [[_inner(p).numel() for p in self.matrices.values()], [x.numel() for x in rows]]
-        self.counts = torch.tensor(counts, dtype=torch.float64, device=device)  # [2, W]
+        self.counts = torch.tensor(counts, dtype=torch.float64, device=home)  # [2, W]
         self._before: list[Tensor] = []
 
     def begin(self) -> None:
@@ -230,7 +240,7 @@ class Statistics:
             )
             nothing = cosines.new_zeros(1)  # a rank may have no row
             maxima.append(torch.cat((cosines, nothing)).amax().double().view(1))
-        whole, largest = torch.cat(sums), torch.cat(maxima)
+        whole, largest = (torch.cat([x.to(self.device) for x in parts]) for parts in (sums, maxima))
         if dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(whole)
             dist.all_reduce(largest, op=dist.ReduceOp.MAX)
