@@ -48,6 +48,9 @@ class Trainer(titan.Trainer):
         super().__init__(job_config)
         (self.model,) = self.model_parts
         self.scaling = scaling_state(self.model)
+        if self.scaling is not None:
+            (optimizer,) = self.optimizers  # of the one model part; torch's AdamW takes no amaxes
+            self.scaling.stepped = getattr(optimizer, "amaxes", {})
         self.loss_scaler = LossScaler(job_config.fp8.loss_scale, self.device)
         dims = self.parallel_dims
         if dims.tp_enabled and not dims.fsdp_enabled:  # torchtitan 0.2.2 would train in float32

@@ -222,6 +222,8 @@ class Variant:
         """Weights from the seed, a new optimizer, and no history."""
         torch.manual_seed(SEED)
         self.optimizer = make_optimizer(VARIANTS[self.name].moments, self.model)
+        if self.scaling is not None:
+            self.scaling.stepped = getattr(self.optimizer, "amaxes", {})
         with torch.no_grad():
             self.model.init_weights(buffer_device=torch.device("cuda"))
 

@@ -196,6 +196,9 @@ class DelayedScaling(nn.Module):
         matrices = sum(len(slot.linears) for slot in self.weight_slots)
         self.register_buffer("weight_index", torch.zeros(matrices, dtype=torch.int64), persistent=False)
         self.skipped: Tensor | None = None  # [] bool, set by the trainer: this step's gradients overflowed
+        # Set by the trainer: parameter -> amax of this rank's part of it (0-dim float32), as the optimizer's last step left
+        # it; 0 where that step changed nothing. Unless all weights are there, they are read once more.
+        self.stepped: Mapping[Tensor, Tensor] = {}
         self.register_load_state_dict_post_hook(lambda module, _: module.refresh())  # type: ignore
 
     def init_weights(self) -> None:
@@ -227,15 +230,25 @@ class DelayedScaling(nn.Module):
         """Scale the weights by their amaxes of now. To be called, on every rank, when something but a step changed them."""
         if self.scale.is_meta or not self.weight_slots:
             return
-        fresh = scale_from_amax(self._amaxes(), self.fp8_max, 0, self.recipe.power_of_two)
+        now = self._amaxes({})
+        fresh = scale_from_amax(now, self.fp8_max, 0, self.recipe.power_of_two)
         self.scale.copy_(torch.where(self.is_weight, fresh, self.scale))
+        self.last_amax.copy_(torch.where(self.is_weight, now, self.last_amax))
         self._write_slots()
 
-    def _amaxes(self) -> Tensor:
-        """[N] float32: the amax of every slot and every weight, over all ranks; inf where it is not finite."""
+    def _amaxes(self, known: Mapping[Tensor, Tensor]) -> Tensor:
+        """[N] float32: the amax of every slot and every weight, over all ranks; inf where it is not finite.
+
+        known: weights' amaxes, used if it has all of them.
+        """
         now = torch.stack([slot.amax for slot in self.slots])
         if self.weight_slots:
-            norms = torch._foreach_norm([w for slot in self.weight_slots for w in slot.weights()], torch.inf)
+            weights = [linear.weight for slot in self.weight_slots for linear in slot.linears]
+            if all(weight in known for weight in weights):
+                norms = [known[weight] for weight in weights]
+            else:
+                local = [w for slot in self.weight_slots for w in slot.weights()]
+                norms = list(torch._foreach_norm(local, torch.inf))
             now.scatter_reduce_(0, self.weight_index, _no_nan(torch.stack(norms).float()), "amax")
         now = _no_nan(now)
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
@@ -254,7 +267,8 @@ class DelayedScaling(nn.Module):
         that saw nothing keeps its scale. In a step that was `skipped`, no gradient's amax enters either: one that is huge
         and just finite would flush that tensor to zero for `history` steps. No host synchronisation.
         """
-        now = self._amaxes()
+        now = self._amaxes(self.stepped)
+        now = torch.where(self.is_weight & (now == 0), self.last_amax, now)  # not stepped: what it was
         finite = now.isfinite()
         self.nonfinite_steps += ~finite
         if not self.recipe.calibrating:
