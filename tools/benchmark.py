@@ -396,8 +396,15 @@ def run(options: argparse.Namespace, names: list[str]) -> dict[str, Any]:
     torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 256
     for name in names:
         torch._inductor.config.emulate_precision_casts = False
-        variant = Variant(name, shape, seq_len)
-        variant.warm_up(tokens)
+        try:
+            variant = Variant(name, shape, seq_len)
+            variant.warm_up(tokens)
+        except torch.OutOfMemoryError as error:
+            total = torch.cuda.get_device_properties(0).total_memory / 2**30
+            raise UserError(
+                f"all variants must fit in the GPU's memory together, got {len(variants)} in {total:.0f} GiB before {name}: "
+                "name fewer with --variants, or a smaller --batch"
+            ) from error
         variants.append(variant)
         print(f"built {name}: {variant.parameters:,} parameters", flush=True)
     losses = {v.name: v.learn(tokens[: options.loss_curves]) for v in variants} if options.loss_curves else {}

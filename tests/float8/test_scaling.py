@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from titan_fp8.float8.formats import E4M3, E5M2, FP8_MAX
-from titan_fp8.float8.scaling import DelayedScaling, Recipe, TensorScale, quantize
+from titan_fp8.float8.scaling import DelayedScaling, Recipe, TensorScale, WeightScale, quantize
 
 
 class Setup(NamedTuple):
@@ -273,3 +273,45 @@ def test_a_skipped_step_keeps_huge_gradients_out_of_the_history():
         assert float(dy.scale) == 57344
     assert float(x.scale) == 448 / 4  # activations of the skipped step are as good as any
     assert state.skipped is None
+
+
+def test_weights_amaxes_from_the_optimizer_or_read_once_more():
+    """A 0 says that the step was skipped: the scale stays that of the weight, also one just loaded."""
+    a, b, c = (torch.nn.Linear(4, 4, bias=False) for _ in range(3))
+    slots = {"a.w": WeightScale((a,)), "bc.w": WeightScale((b, c))}
+    state = DelayedScaling(slots, Recipe(history=2))
+
+    def fill(*values: float) -> None:
+        with torch.no_grad():
+            for linear, value in zip((a, b, c), values, strict=True):
+                linear.weight.fill_(value)
+
+    def scales() -> list[float]:
+        return [448 / float(slot.scale) for slot in slots.values()]
+
+    def given(*values: float) -> dict[torch.Tensor, torch.Tensor]:
+        pairs = zip((a, b, c), values, strict=False)
+        return {linear.weight: torch.tensor(value) for linear, value in pairs}
+
+    fill(1.0, 2.0, 4.0)
+    state.init_weights()
+    assert scales() == [1.0, 4.0]
+    state.stepped = given(0.0, 0.0, 0.0)  # the first step is skipped
+    state.update()
+    assert scales() == [1.0, 4.0] and state.last_amax.tolist() == [1.0, 4.0]
+    state.stepped = given(3.5, 7.0, 1.75)  # other numbers than the weights': these are taken
+    state.update()
+    assert scales() == [3.5, 7.0]
+    state.stepped = given(100.0, 100.0)  # not all: the weights are read
+    state.update()
+    assert scales() == [1.0, 4.0]
+    fill(0.5, 0.25, 0.125)  # as loaded
+    state.stepped = given(100.0, 100.0, 100.0)
+    state.scale_weights()
+    assert scales() == [0.5, 0.25]
+    state.stepped = given(0.0, 0.0, 0.0)
+    state.update()
+    assert scales() == [0.5, 0.25]
+    state.stepped = given(1.0, math.nan, 1.0)
+    state.update()
+    assert scales() == [1.0, 0.25] and state.nonfinite_steps.tolist() == [0, 1]
