@@ -154,3 +154,33 @@ def test_autocast_evaluation_and_nan():
     assert y[5].isnan().all() and y[:5].isfinite().all() and y[6:].isfinite().all()
     state.update()
     assert state.nonfinite_steps.tolist() == [1, 0, 1, 0, 0, 0]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_current_scaling_is_the_calibrating_step_at_any_time(kind):
+    """All tensors named: bit for bit the step of a fresh state. None, or one after another: no further graph."""
+    torch._dynamo.reset()
+    ffn, state = make(kind)
+    backend = CompileCounterWithBackend("aot_eager")
+    run = torch.compile(ffn, backend=backend, fullgraph=True)
+    for seed in range(2):
+        step(ffn, draw(seed), draw(10 + seed), run)
+        state.update()
+    graphs = backend.frame_count
+    x, dy = 5 * draw(3), 0.01 * draw(13)
+    fresh = make(kind)[0]
+    fresh.load_state_dict(ffn.state_dict())
+    fresh.slots()["up"].scale.copy_(ffn.up.scale), fresh.slots()["down"].scale.copy_(ffn.down.scale)
+    expected = step(fresh, x, dy)
+    state.use_current(["x", "z", "dh", "dy"])
+    got = step(ffn, x, dy, run)
+    assert all(torch.equal(got[name], value) for name, value in expected.items())
+    seen = []
+    for name in ("x", "z", "dh", "dy"):
+        state.use_current([name])
+        seen.append(step(ffn, x, dy, run)["x"])
+    assert not any(torch.equal(seen[i], seen[j]) for i in range(4) for j in range(i))
+    assert backend.frame_count == graphs + 1
+    state.use_current([])
+    delayed = step(ffn, x, dy, run)
+    assert not torch.equal(delayed["y"], expected["y"]) and backend.frame_count == graphs + 1
