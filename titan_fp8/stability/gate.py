@@ -3,12 +3,11 @@
 With x = ln(norm) of a step and x' of the one before (weights 1/n, later 1/LEVEL, 1/NOISE):
 
     mean over x        sd^2 = mean over (x - x')^2 / 2    differences, so that a norm that falls has no more spread for it
-    outlier:   x > mean + sigma * max(sd, FLOOR)          from warmup_steps steps on
-    x enters clipped to that limit: one outlier moves mean and spread by little, a lasting change moves both
-    skipped:   an outlier, unless max_skips_in_a_row steps before it were skipped; then it is taken, and enters
+    outlier:   x > mean + sigma * max(sd, FLOOR)          from step warmup_steps and FEW steps on; it enters nothing
+    skipped:   an outlier, but for the one after max_skips_in_a_row of them: so many are no outliers, and all starts anew
 
-So a norm that stays high is accepted in time, and never more than max_skips_in_a_row of a row of steps are lost. A norm that
-is not finite is another's business (train.py) and enters nothing. Every rank has the same norm, hence the same answer.
+So a norm that stays high is accepted in time, and no more than max_skips_in_a_row steps are lost to it. A norm that is not
+finite is another's business (train.py) and enters nothing. Every rank has the same norm, hence the same answer.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 LEVEL, NOISE = 20.0, 200.0  # steps
+FEW = 10  # steps from which no spread is known
 FLOOR = 0.1  # of sd, in ln(norm): norms of neighbouring steps differ by so much in health
 
 
@@ -45,12 +45,14 @@ class GradientGate:
         finite = norm.isfinite() & (norm > 0)
         x = torch.where(finite, norm, 1.0).float().log()
         limit = self.mean + self.sigma * self.variance.sqrt().clamp(min=FLOOR)
-        judged = finite & (self.steps >= self.warmup_steps)
-        outlier = judged & (x > limit)
-        skipped = outlier & (self.in_a_row < self.max_skips_in_a_row) & (self.mode == "act")
+        outlier = finite & (self.steps >= FEW) & (x > limit) & (step > self.warmup_steps)
+        lasting = outlier & (self.in_a_row >= self.max_skips_in_a_row)
+        outlier = outlier & ~lasting
+        skipped = outlier & (self.mode == "act")
 
-        enters = finite & ~skipped
-        x = torch.where(judged, torch.minimum(x, limit), x)
+        for value in (self.mean, self.variance, self.steps):
+            value.copy_(torch.where(lasting, 0, value))
+        enters = finite & ~outlier
         spread = (x - self.before).square() / 2 - self.variance
         share = torch.clamp(1 / self.steps.clamp(min=1), min=1 / NOISE)
         self.variance += torch.where(enters & (self.steps > 0), share * spread, 0.0)
@@ -58,7 +60,7 @@ class GradientGate:
         share = torch.clamp(1 / self.steps.clamp(min=1), min=1 / LEVEL)
         self.mean += torch.where(enters, share * (x - self.mean), 0.0)
         self.before.copy_(torch.where(enters, x, self.before))
-        self.in_a_row.copy_(torch.where(skipped, self.in_a_row + 1, 0))
+        self.in_a_row.copy_(torch.where(outlier, self.in_a_row + 1, torch.where(finite, 0, self.in_a_row)))
         self.outliers += outlier
         self.skipped += skipped
         self.last_step.copy_(torch.where(outlier, step, self.last_step))
