@@ -200,16 +200,13 @@ class Stability:
     """A gradient norm beyond sigma. act: skip that step, weights and optimizer untouched; costs its batch."""
 
     loss_spike: Literal["off", "warn", "act"] = "warn"
-    """A loss beyond sigma in spike_rows logged steps in a row. act: back to the last checkpoint from before, and on with
-    other data; costs the steps since. Checkpoints later than that one are removed."""
+    """A loss beyond sigma in spike_rows logged steps. act: roll back, go on after its data; costs the steps since."""
 
     predicted: Literal["off", "warn", "act"] = "warn"
     """A predicted risk of divergence. act: write a checkpoint now; costs the time of one."""
 
     fp8_range: Literal["off", "warn", "act"] = "warn"
-    """A risk led by the range of an FP8 tensor. act: that tensor and those that clamp most are scaled by their own amax
-    for answer_steps. While any are, every FP8 cast costs another read of its tensor and, on several ranks, a small
-    all-reduce."""
+    """A risk led by an FP8 tensor's range. act: scale it by its own amax for answer_steps; all casts then read twice."""
 
     attention: Literal["off", "warn", "act"] = "warn"
     """A risk led by attention's logits. act: attention of all layers in 16 bits for answer_steps, at that speed."""

@@ -146,8 +146,11 @@ class Trainer(titan.Trainer):
         scale = self.loss_scaler.scale
         grad_norm = torch.linalg.vector_norm(norms) / scale
         overflow = ~grad_norm.isfinite()
-        # The norm is equal on all ranks but for the last bit, which another order of sums may change.
-        skipped = overflow | self._anywhere(self.response.gate.judge(self.step, grad_norm))
+        outlier = self.response.gate.judge(self.step, grad_norm)
+        if self.response.gate.mode == "act":
+            # The norm is equal on all ranks but for the last bit, which another order of sums may change.
+            outlier = self._anywhere(outlier)
+        skipped = overflow | outlier
         self.checkpointer.maybe_wait_for_staging()
         # Undoes the loss scale and clips the norm to training.max_norm.
         divisor = scale / (self.job_config.training.max_norm / (grad_norm + 1e-6)).clamp(max=1.0)

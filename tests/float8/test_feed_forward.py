@@ -184,3 +184,30 @@ def test_current_scaling_is_the_calibrating_step_at_any_time(kind):
     state.use_current([])
     delayed = step(ffn, x, dy, run)
     assert not torch.equal(delayed["y"], expected["y"]) and backend.frame_count == graphs + 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", KINDS)
+def test_current_scaling_on_a_gpu_is_the_calibrating_step(kind):
+    """The kernels under inductor: one more graph, and the result of a fresh state, to the order of sums (2^-9 of bfloat16)."""
+    torch._dynamo.reset()
+    backend = CompileCounterWithBackend("inductor")
+    with torch.device("cuda"):
+        (ffn, state), (fresh, _) = make(kind, torch.bfloat16), make(kind, torch.bfloat16)
+    run = torch.compile(ffn, backend=backend, fullgraph=True)
+    for seed in range(2):
+        step(ffn, draw(seed, torch.bfloat16).cuda(), draw(10 + seed, torch.bfloat16).cuda(), run)
+        state.update()
+    graphs = backend.frame_count
+    x, dy = 5 * draw(3, torch.bfloat16).cuda(), draw(13, torch.bfloat16).cuda()
+    fresh.load_state_dict(ffn.state_dict())
+    fresh.slots()["up"].scale.copy_(ffn.up.scale), fresh.slots()["down"].scale.copy_(ffn.down.scale)
+    expected = step(fresh, x, dy)
+    for names in (["x", "z", "dh", "dy"], ["z"]):
+        state.use_current(names)
+        got = step(ffn, x, dy, run)
+        if len(names) == 4:
+            for name, value in expected.items():
+                error = (got[name].double() - value.double()).norm() / value.double().norm()
+                assert error < 0.02, name
+    assert backend.frame_count == graphs + 1

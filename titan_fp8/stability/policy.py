@@ -158,9 +158,10 @@ class Policy:
             actions += self._ended(step)
             actions += self._spike(step, facts)
         if too_many:
-            before = facts.first_bad - 1
+            # The row of bad steps may have begun before the host last looked; no earlier than this.
+            before = facts.first_bad - facts.bad_in_a_row
             before = before if self._normal is None or not self._above else min(before, self._normal)
-            why = f"{facts.bad_in_a_row} steps in a row, from step {facts.first_bad} on, were not finite"
+            why = f"{facts.bad_in_a_row} steps in a row were not finite, step {facts.first_bad} among them"
             actions += self._back(step, "nonfinite", before, why, facts)
         if facts.loss is not None and not any(action.kind == "roll_back" for action in actions):
             actions += self._predicted(step, prediction, facts)
