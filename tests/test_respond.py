@@ -298,10 +298,18 @@ def _until(last: int, trainer: Trainer) -> Callable:
     return step
 
 
-def test_two_ranks_decide_and_act_alike(tmp_path, text):
+@pytest.mark.parametrize(
+    "layout",
+    [
+        ["--compile.enable", "--compile.backend=aot_eager", "--activation_checkpoint.mode=full"],  # and FSDP
+        ["--parallelism.tensor_parallel_degree=2", "--parallelism.data_parallel_shard_degree=1"],
+    ],
+    ids=["fsdp", "tensor_parallel"],
+)
+def test_two_ranks_decide_and_act_alike(tmp_path, text, layout):
     worker = str(Path(__file__).with_name("respond_ranks.py"))
     few = ("--training.steps=20", "--training.local_batch_size=4", "--validation.enable=false")
-    settings = flags(tmp_path, text, *ON, *few)
+    settings = flags(tmp_path, text, *ON, *few, *layout)
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", worker, *settings],
         capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},

@@ -189,7 +189,7 @@ def test_current_scaling_is_the_calibrating_step_at_any_time(kind):
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", KINDS)
 def test_current_scaling_on_a_gpu_is_the_calibrating_step(kind):
-    """The kernels under inductor: one more graph, and the result of a fresh state, to the order of sums (2^-9 of bfloat16)."""
+    """The kernels under inductor: one more graph, and a fresh state's result, to the order of sums (2^-9 of bfloat16)."""
     torch._dynamo.reset()
     backend = CompileCounterWithBackend("inductor")
     with torch.device("cuda"):
