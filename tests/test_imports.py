@@ -66,9 +66,11 @@ OURS = {
     "stability.statistics": ["probe"],
     "stability.predictor": [],
     "stability.policy": [],
+    "stability.gate": [],
     "stability.exporter": [],
     "stability.processor": ["stability.*", "config"],
     "validate": ["data.*", "config"],
+    "respond": ["stability.policy", "stability.gate", "checkpoint_folder"],
     "spec": ["*"],
     "train": ["*"],
 }
@@ -100,6 +102,11 @@ NEVER = [
         "stability.predictor",
         "torch",
         "the predictor reads rows of numbers, so it also runs on logs, without a GPU",
+    ),
+    (
+        "stability.policy",
+        "torch",
+        "a policy decides from numbers: respond carries out, through the trainer's parts",
     ),
     ("stability.predictor", "prometheus_client", "the predictor predicts; the exporter tells"),
     ("stability.exporter", "titan_fp8.model*", "the exporter knows names, units and numbers, and no model"),

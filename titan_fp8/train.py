@@ -4,7 +4,9 @@
 
     forward, backward (loss * loss scale)  ->  norms of all gradients  ->  the optimizer unscales and clips
     norm not finite?  the optimizer's step is a no-op on the device, the loss scale backs off, the watch remembers
-    FP8 scales for the next step (the converter's hook)  ->  at log steps and before checkpoints the host looks
+    norm far beyond the others?  a no-op too, if [stability] gradient_outlier says so (stability/gate.py)
+    FP8 scales for the next step (the converter's hook)  ->  at log steps and before checkpoints the host looks, and the
+    policy decides (respond.py)
 """
 
 from __future__ import annotations
@@ -38,6 +40,7 @@ from titan_fp8.errors import UserError  # noqa: E402
 from titan_fp8.float8.convert import scaling_state  # noqa: E402
 from titan_fp8.float8.loss_scale import LossScaler  # noqa: E402
 from titan_fp8.interrupt import StopRequest, die_with_launcher  # noqa: E402
+from titan_fp8.respond import Response  # noqa: E402
 from titan_fp8.stability.statistics import FiniteWatch, Statistics, plain  # noqa: E402
 
 
@@ -82,6 +85,7 @@ class Trainer(titan.Trainer):
         self.first_step = 0  # of this process
         self.stop_request = StopRequest(self.device)
         self.stopped = False  # as asked, before the last step
+        self.response = Response(self)
 
         self.checkpointer.close()
         self.checkpointer = SafeCheckpointManager(
@@ -89,7 +93,7 @@ class Trainer(titan.Trainer):
             model_parts=self.model_parts,
             optimizers=self.optimizers,
             lr_schedulers=self.lr_schedulers,
-            states={"train_state": self},
+            states={"train_state": self, "policy": self.response},
             checkpoint_config=job_config.checkpoint,
             sd_adapter=self.train_spec.state_dict_adapter(self.model_args, job_config.model.hf_assets_path),
             base_folder=job_config.job.dump_folder,
@@ -166,6 +170,11 @@ class Trainer(titan.Trainer):
         scale = self.loss_scaler.scale
         grad_norm = torch.linalg.vector_norm(norms) / scale
         overflow = ~grad_norm.isfinite()
+        outlier = self.response.gate.judge(self.step, grad_norm)
+        if self.response.gate.mode == "act":
+            # The norm is equal on all ranks but for the last bit, which another order of sums may change.
+            outlier = self._anywhere(outlier)
+        skipped = overflow | outlier
         self.checkpointer.maybe_wait_for_staging()
         # Undoes the loss scale and clips the norm to training.max_norm.
         divisor = scale / (self.job_config.training.max_norm / (grad_norm + 1e-6)).clamp(max=1.0)
@@ -173,9 +182,9 @@ class Trainer(titan.Trainer):
             # Fused AdamW divides gradients by the one as it reads them, and does nothing where the other is 1: no
             # pass over the gradients for clipping, no host sync for skipping.
             optimizer.grad_scale = divisor
-            optimizer.found_inf = overflow.float()
+            optimizer.found_inf = skipped.float()
         if self.scaling is not None:
-            self.scaling.skipped = overflow
+            self.scaling.skipped = skipped
         self.optimizers.step()
         self.lr_schedulers.step()
 
@@ -189,11 +198,14 @@ class Trainer(titan.Trainer):
         if backs_off and self.scaling is not None:
             self.scaling.rescale_gradients(ratio)
 
+        average = None
         if shown:
-            self._log(loss, local_tokens, tokens, text_bytes, grad_norm, lr)
+            average = self._log(loss, local_tokens, tokens, text_bytes, grad_norm, lr)
         last = self.step == self.job_config.training.steps
         if shown or self.checkpointer._should_save(self.step, last_step=last):
-            self._stop_if_bad()
+            self.response.look(average)
+            if self.response.rolls_back is None:
+                self._stop_if_bad()
 
     def _compiles_observation(self) -> bool:
         """Whether to observe for the compiler's sake: so it has made both graphs by the third step of this process."""
@@ -236,25 +248,27 @@ class Trainer(titan.Trainer):
         text_bytes: torch.Tensor,
         grad_norm: torch.Tensor,
         lr: float,
-    ) -> None:
-        """Reduce over ranks, copy to the host, hand to the metrics processor. Every rank calls it."""
+    ) -> float:
+        """Reduce over ranks, copy to the host, hand to the metrics processor. Every rank calls it. Returns the mean loss."""
         average, largest, seen = float(loss), float(loss), self.ntokens_seen
         if self.parallel_dims.dp_cp_enabled:
             mesh = self.parallel_dims.get_optional_mesh("loss")
             average = dist_utils.dist_sum(loss, mesh)
             largest = dist_utils.dist_max(loss * tokens / local_tokens.to(self.device), mesh)
             seen = int(dist_utils.dist_sum(torch.tensor(seen, dtype=torch.int64, device=self.device), mesh))
+        outliers = int(self.response.gate.skipped)
         extra = {
             "n_tokens_seen": seen,
             "lr": lr,
             "bits_per_byte": average * int(tokens) / math.log(2) / max(int(text_bytes), 1),
-            "skipped_steps": int(self.watch.total),
+            "skipped_steps": int(self.watch.total) + outliers,
             "nonfinite_steps": int(self.watch.total),
         }
         if self.job_config.fp8.loss_scale.enable:
             extra["loss_scale"] = float(self.loss_scaler.scale)
-            extra["skipped_steps"] = int(self.loss_scaler.skipped)  # bad steps are among them
+            extra["skipped_steps"] = int(self.loss_scaler.skipped) + outliers  # bad steps are among them
         self.metrics_processor.log(self.step, average, largest, float(grad_norm), extra_metrics=extra)
+        return average
 
     def _stop_if_bad(self) -> None:
         """Stop before anything is overwritten if more steps in a row were bad than allowed. The same on all ranks."""
@@ -279,6 +293,7 @@ class Trainer(titan.Trainer):
         self.watch.forget()
 
     def should_continue_training(self) -> bool:
+        self.response.roll_back()
         if not super().should_continue_training():
             return False
         if self.stop_request.due():

@@ -315,3 +315,39 @@ def test_weights_amaxes_from_the_optimizer_or_read_once_more():
     state.stepped = given(1.0, math.nan, 1.0)
     state.update()
     assert scales() == [1.0, 0.25] and state.nonfinite_steps.tolist() == [0, 1]
+
+
+def test_named_tensors_are_scaled_by_their_own_amax_and_then_as_before():
+    state, x, dy = setup(history=3)
+    for largest in (4.0, 2.0):
+        cast(state, x, largest)
+        cast(state, dy, largest)
+        state.update()
+    state.use_current(["layer.x"])
+    for largest in (64.0, 1.0):
+        assert cast(state, x, largest) == 448 / largest  # nothing is clamped, nothing flushed
+        assert cast(state, dy, largest) == 57344 / max(4.0, float(state.history[:, 1].max()))
+        state.update()
+        assert state.saturation[0] == 1.0
+    assert state.saturated_steps.tolist() == [0, 1]
+    state.use_current([])
+    assert not state.recipe.current
+    assert cast(state, x, 1.0) == 448 / 64  # the history went on
+
+
+def test_current_scaling_refuses_what_is_not_there():
+    state = setup().state
+    with pytest.raises(ValueError, match=r"got layer\.y"):
+        state.use_current(["layer.x", "layer.y"])
+    assert not state.is_current.any() and not state.recipe.current
+
+
+def test_current_scaling_survives_a_load():
+    """The policy, whose state it is, says when it ends; the buffers in the checkpoint are the delayed scales."""
+    it = setup(history=2)
+    cast(it.state, it.x, 2.0)
+    it.state.update()
+    it.state.use_current(["layer.x"])
+    it.state.load_state_dict(it.state.state_dict())
+    assert float(it.state.scale[0]) == 224 and float(it.x.scale) == 0
+    assert cast(it.state, it.x, 7.0) == 64

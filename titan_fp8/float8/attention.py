@@ -11,7 +11,9 @@ Backward ("full"), with S recomputed from the same q, k (GEMM 3) and D = rowsum(
     dS = P * (dP - D)                   dQ = softmax_scale * dS_e5m2 k_e4m3      dK = softmax_scale * dS_e5m2^T q_e4m3
 
 dO and dS have delayed scales, in E5M2 or E4M3. With "forward" the backward GEMMs take the dequantised q, k, v in the compute
-dtype. Backends compute the same function: "reference" in plain PyTorch, which holds all of S, "triton", the fused kernels of
+dtype. With `recipe.attention_16bit` all seven run in it, by PyTorch's attention: the policy's way out.
+
+Backends compute the same function: "reference" in plain PyTorch, which holds all of S, "triton", the fused kernels of
 kernels/attention.py (P against a running row maximum, dS recomputed nowhere: five GEMMs backward), and, forward only,
 "cudnn" (kernels/attention_cudnn.py: O is rounded to E4M3). `resolve` says which one "auto" is, and why.
 
@@ -22,17 +24,18 @@ the rows of one batched GEMM: q is [B*K, R*S, C], k and v are [B*K, S, C].
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from titan_fp8.errors import UserError
 
-from .formats import E4M3, E5M2, saturating_cast, short_name
+from .formats import E4M3, E5M2, fold_amax, saturating_cast, short_name
 from .kernels import attention as kernels
 from .kernels import attention_cudnn as cudnn
 from .kernels.attention import P_SCALE  # 256: exact in every format; P in (0, 1] fills E4M3 up to 256 of 448
 from .kernels.attention_forward import require_hopper
 from .kernels.gemm import bmm
-from .scaling import CastRule, Recipe, TensorScale, first_scale, observe, quantize, scale_in_use
+from .scaling import CastRule, Recipe, TensorScale, measured_scale, observe, quantize, scale_in_use
 
 BACKENDS = {"forward": ("triton", "cudnn", "reference"), "backward": ("triton", "reference")}
 # "auto" on Hopper. cudnn's forward is faster, but it rounds O once more, and it needs a package: a run's numbers must not
@@ -180,11 +183,11 @@ class _Kernels(torch.autograd.Function):
                 ctx.softmax_scale, ctx.seq_len, dtype, record,
             )  # fmt: skip
 
-        if rule.calibrating:
+        if rule.measuring:
             # dS lives inside the kernel: a first pass for its amax, which gives the scale of the second.
             first = torch.zeros_like(s_ds)
             run(torch.ones_like(s_ds), torch.zeros_like(s_ds), first, True)
-            s_ds = first_scale(first, dtype, rule)
+            s_ds = measured_scale(first, s_ds, dtype, rule)
         return *run(s_ds, ctx.a_do, ctx.a_ds, rule.record), None, None, None, None, None
 
 
@@ -227,6 +230,13 @@ class Float8Attention(nn.Module):
     def forward(self, q_BHSC: Tensor, k_BKSC: Tensor, v_BKSC: Tensor) -> Tensor:
         state = tuple(slot.state() for slot in (self.q, self.k, self.v, self.do, self.ds))
         rule = self.recipe.rule(record=self.training)
+        if self.recipe.attention_16bit:
+            if rule.record:  # the scales of q, k and v stay those of now; dO and dS are not seen
+                for slot, x in ((self.q, q_BHSC), (self.k, k_BKSC), (self.v, v_BKSC)):
+                    fold_amax(slot.amax, x)
+            return F.scaled_dot_product_attention(
+                q_BHSC, k_BKSC, v_BKSC, is_causal=True, scale=self.softmax_scale, enable_gqa=True
+            )
         if self.forward_backend != "reference":
             kernels.check_operands(q_BHSC, k_BKSC, v_BKSC)
             return _Kernels.apply(

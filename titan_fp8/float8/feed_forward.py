@@ -35,7 +35,7 @@ from .kernels.activation import KINDS, _activation, _gradient, activate, activat
 from .kernels.cast import cast, transpose
 from .kernels.gemm import scaled_mm
 from .linear import join, matrix
-from .scaling import CastRule, Recipe, TensorScale, WeightScale, first_scale, observe, scale_in_use
+from .scaling import CastRule, Recipe, TensorScale, WeightScale, measured_scale, observe, scale_in_use
 
 
 @torch._dynamo.allow_in_graph
@@ -52,11 +52,11 @@ class _Float8FeedForward(torch.autograd.Function):
         kept = x8_t_KM if tp is None else x8_MK
         x8_MK = all_gather(x8_MK, tp)
         h_MN = scaled_mm(x8_MK, join(ups, s_up, False).t(), s_x, s_up, x_MK.dtype, fast=True)
-        if rule.calibrating:
+        if rule.measuring:
             # z lives inside the kernel: a first pass for its amax, which gives the scale of the second.
             first = torch.zeros_like(s_z)
             activate(h_MN, alphas, torch.ones_like(s_z), first, kind, True)
-            s_z = first_scale(first, E4M3, rule)
+            s_z = measured_scale(first, s_z, E4M3, rule)
         z8_MF = activate(h_MN, alphas, s_z, a_z, kind, rule.record)
         if rule.observe:
             # z never stands in memory: made again in plain PyTorch, for this step only.
@@ -92,10 +92,10 @@ class _Float8FeedForward(torch.autograd.Function):
             dy8_t_KM = transpose(dy8_MK)
         w2_t_FK = join([w2_KF], s_w2, True)
         dz_MF = scaled_mm(dy8_MK, w2_t_FK.t(), s_dy, s_w2, dy_MK.dtype, fast=False)
-        if rule.calibrating:
+        if rule.measuring:
             first = torch.zeros_like(s_dh)
             activate_backward(dz_MF, h_MN, alphas, s_z, torch.ones_like(s_dh), first, kind, E5M2, True)
-            s_dh = first_scale(first, E5M2, rule)
+            s_dh = measured_scale(first, s_dh, E5M2, rule)
         dh8_MN, dh8_t_NM, z8_t_FM, dalphas = activate_backward(
             dz_MF, h_MN, alphas, s_z, s_dh, ctx.a_dh, kind, E5M2, rule.record
         )

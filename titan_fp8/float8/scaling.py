@@ -8,6 +8,7 @@ that later steps will use (FOG, arXiv 2505.20524, section 2; the algorithm is Tr
 `TensorScale` is one tensor's slot inside a layer; `DelayedScaling` is the whole model's state and updates every slot at
 once, with one MAX all-reduce. A weight's slot (`WeightScale`) has the amax of now, not of earlier steps: nothing can
 jump, and margin does not apply. On the very first step there is no history, and each other tensor is scaled by its own amax.
+So are, at any time, the tensors that `use_current` names: slower, but nothing in them can be clamped.
 
     layers write   slot.amax    (max over micro-batches; recomputation under activation checkpointing changes nothing)
     layers read    slot.scale
@@ -16,7 +17,7 @@ jump, and margin does not apply. On the very first step there is no history, and
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -49,6 +50,12 @@ class CastRule(NamedTuple):
     record: bool
     ranks: Ranks | None = None
     observe: bool = False
+    current: bool = False
+
+    @property
+    def measuring(self) -> bool:
+        """Some tensors are scaled by their own amax, so amaxes are taken before casts."""
+        return self.calibrating or self.current
 
 
 @dataclass
@@ -56,6 +63,8 @@ class Recipe:
     """What the layers of one model share. `calibrating` until the first update: no amax of an earlier step exists.
 
     `ranks`: everyone with a part of the tensors, who must have one scale in the first step too; parallelize sets it.
+    `current`: `DelayedScaling.use_current` named a tensor. Which ones stands in their slots, on the device: all layers share
+    one more graph, whatever is named. `attention_16bit`: FP8 attention runs in the compute dtype, until it is set back.
     """
 
     history: int = 1024
@@ -64,16 +73,21 @@ class Recipe:
     calibrating: bool = True
     ranks: Ranks | None = None
     observer: Observer | None = field(default=None, repr=False)
+    current: bool = False
+    attention_16bit: bool = False
 
     def rule(self, record: bool) -> CastRule:
         observe = record and self.observer is not None and self.observer.on
-        return CastRule(self.margin, self.power_of_two, self.calibrating, record, self.ranks, observe)
+        return CastRule(
+            self.margin, self.power_of_two, self.calibrating, record, self.ranks, observe, self.current
+        )
 
 
 class TensorScale(Probe):
     """One FP8 tensor's scale in use and the amax seen since the last update (0-dim float32 buffers), and its probe.
 
-    The buffers are not saved: `DelayedScaling` keeps the truth and writes them.
+    A scale of 0 stands for the one from the tensor's own amax (`scale_in_use`). The buffers are not saved:
+    `DelayedScaling` keeps the truth and writes them.
     """
 
     scale: Tensor
@@ -111,8 +125,14 @@ class WeightScale(TensorScale):
 
 
 def scale_in_use(x: Tensor, scale: Tensor, dtype: torch.dtype, rule: CastRule) -> Tensor:
-    """The delayed `scale`, or in the first step, which has no history, the one from x's own amax (0-dim float32)."""
-    return first_scale(amax(x), dtype, rule) if rule.calibrating else scale
+    """The delayed `scale`, or where it is 0 and in the first step, the one from x's own amax (0-dim float32)."""
+    return measured_scale(amax(x), scale, dtype, rule) if rule.measuring else scale
+
+
+def measured_scale(amax: Tensor, scale: Tensor, dtype: torch.dtype, rule: CastRule) -> Tensor:
+    """`scale_in_use` of a tensor whose amax on this rank is known, with `rule.measuring` (0-dim float32)."""
+    own = first_scale(amax, dtype, rule)
+    return own if rule.calibrating else torch.where(scale > 0, scale, own)
 
 
 def first_scale(amax: Tensor, dtype: torch.dtype, rule: CastRule) -> Tensor:
@@ -171,6 +191,7 @@ class DelayedScaling(nn.Module):
     fp8_max: Tensor
     is_gradient: Tensor
     is_weight: Tensor
+    is_current: Tensor
     weight_index: Tensor
 
     def __init__(self, slots: Mapping[str, TensorScale], recipe: Recipe):
@@ -179,6 +200,7 @@ class DelayedScaling(nn.Module):
         self.slots = tuple(slots.values())  # a tuple: they are the layers' submodules, not ours
         self.weights = frozenset(name for name, slot in slots.items() if isinstance(slot, WeightScale))
         self.recipe = recipe
+        self.current: list[str] = []  # as `use_current` was told
         n = len(self.slots)
         # Named dtypes: under torchtitan's training.dtype the default one may be bfloat16.
         self.register_buffer("history", torch.zeros(recipe.history, n, dtype=torch.float32))
@@ -192,6 +214,7 @@ class DelayedScaling(nn.Module):
         self.register_buffer("fp8_max", torch.zeros(n, dtype=torch.float32), persistent=False)
         self.register_buffer("is_gradient", torch.zeros(n, dtype=torch.bool), persistent=False)
         self.register_buffer("is_weight", torch.zeros(n, dtype=torch.bool), persistent=False)
+        self.register_buffer("is_current", torch.zeros(n, dtype=torch.bool), persistent=False)
         self.weight_slots = tuple(slot for slot in self.slots if isinstance(slot, WeightScale))
         matrices = sum(len(slot.linears) for slot in self.weight_slots)
         self.register_buffer("weight_index", torch.zeros(matrices, dtype=torch.int64), persistent=False)
@@ -255,8 +278,27 @@ class DelayedScaling(nn.Module):
             dist.all_reduce(now, op=dist.ReduceOp.MAX)
         return now
 
+    def use_current(self, names: Iterable[str]) -> None:
+        """Scale these tensors, and no others, by their own amaxes (weights always are) until told otherwise.
+
+        While there are any, every FP8 tensor's amax is taken before its cast, with one all-reduce each: torch.compile then
+        needs one more graph and no more, and nothing waits for the device. Histories go on. Every rank calls it with the
+        same names, between steps. Raises ValueError for a name that is no FP8 tensor, or a weight.
+        """
+        named = set(names)
+        movable = {
+            n for n, slot in zip(self.names, self.slots, strict=True) if not isinstance(slot, WeightScale)
+        }
+        if unknown := sorted(named - movable):
+            raise ValueError(f"current scaling is for FP8 tensors other than weights, got {unknown[0]}")
+        self.current = [name for name in self.names if name in named]
+        self.is_current.copy_(torch.tensor([name in named for name in self.names]))
+        self.recipe.current = bool(named)
+        self._write_slots()
+
     def _write_slots(self) -> None:
-        torch._foreach_copy_([slot.scale for slot in self.slots], list(self.scale.unbind()))
+        scales = torch.where(self.is_current, 0.0, self.scale)
+        torch._foreach_copy_([slot.scale for slot in self.slots], list(scales.unbind()))
         torch._foreach_zero_([slot.amax for slot in self.slots])
 
     @torch.no_grad()
@@ -272,7 +314,8 @@ class DelayedScaling(nn.Module):
         finite = now.isfinite()
         self.nonfinite_steps += ~finite
         if not self.recipe.calibrating:
-            self.saturation.copy_((now * self.scale / self.fp8_max).masked_fill(self.is_weight, 1.0))
+            exact = self.is_weight | self.is_current
+            self.saturation.copy_((now * self.scale / self.fp8_max).masked_fill(exact, 1.0))
             # Rounding alone can put it a little above 1.
             self.saturated_steps += finite & (self.saturation > 1 + 1e-6)
         self.jump.copy_(torch.where(self.largest > 0, now / self.largest, 0.0))

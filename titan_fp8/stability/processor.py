@@ -40,6 +40,8 @@ from titan_fp8.stability.statistics import Table
 if TYPE_CHECKING:
     from torchtitan.protocols import BaseModelArgs
 
+    from titan_fp8.stability.policy import Action
+
 Report = dict[str, dict[str, float]]
 """Per FP8 tensor: "amax", "scale", "saturation" (amax * scale / largest FP8 number), "saturated_steps" and
 "nonfinite_steps" (totals of the run)."""
@@ -102,6 +104,8 @@ class TitanMetricsProcessor(MetricsProcessor):
         self.next_command: str | None = None
         self.log_folder: str | None = None
         self.exporter: Exporter | None = None
+        self.report: Report = {}  # of the last logged step, as fp8_report gave it
+        self.actions: dict[tuple[str, str], int] = {}  # (action, cause) -> how often, over the whole run
 
         # torchtitan's merged class gains our sections at run time: a type checker cannot know them.
         ours: Any = job_config
@@ -166,7 +170,7 @@ class TitanMetricsProcessor(MetricsProcessor):
         assert self.num_flops_per_token > 0, "num_flops_per_token must be set"
         extra = dict(extra_metrics or {})
         window = self._measure_window(step)
-        report = self.fp8_report() if self.fp8_report else {}
+        self.report = report = self.fp8_report() if self.fp8_report else {}
         losses = {
             "loss": float(global_avg_loss),
             "loss_max": float(global_max_loss),
@@ -205,6 +209,24 @@ class TitanMetricsProcessor(MetricsProcessor):
     def load_state_dict(self, state: dict[str, str]) -> None:
         """Go on from a `state_dict`. Raises UserError for a predictor's of another version."""
         self.predictor.load_state_dict(json.loads(state["predictor"]))
+
+    def act(self, step: int, action: Action, counts: dict[tuple[str, str], int]) -> None:
+        """Tell of what the policy did after `step`: a line, and an "action" row. All ranks call it."""
+        self.actions = counts
+        if self._is_writer:
+            assert self._journal is not None, "resume(step) comes before the first action"
+            logger.warning(f"Step {step}: {action}")
+            self._journal.write(action.row(step))
+
+    def roll_back(self, action: Action, since: int) -> None:
+        """The run goes back to the action's target, from step `since`, and is measured from there. All ranks call it."""
+        assert action.target is not None
+        self._begin_window(action.target)
+        if self._is_writer:
+            assert self._journal is not None and self._console is not None
+            self._journal.roll_back(action.target)
+            self._journal.write(action.row(action.target) | {"from": since})
+            self._console.roll_back(action.target)
 
     def begin_validation(self) -> None:
         """Put the window aside: a validation's time and tokens are not training's.

@@ -111,7 +111,8 @@ def cast_rows(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     grid = (triton.cdiv(rows, 4), triton.cdiv(columns, 2048))
     _cast_kernel[grid](
         x, scale, scale, q, q, rows, columns, x.stride(0), x.stride(1), rows, 0,
-        FP8_MAX=FP8_MAX[dtype], RECORD=False, STRAIGHT=True, TRANSPOSED=False, BLOCK_M=4, BLOCK_K=2048, num_warps=4,
+        FP8_MAX=FP8_MAX[dtype], RECORD=False, STRAIGHT=True, TRANSPOSED=False, BLOCK_M=4, BLOCK_K=2048,
+        num_warps=4,  # pyrefly: ignore
     )  # fmt: skip
     return q
 
