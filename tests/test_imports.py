@@ -34,14 +34,15 @@ OURS = {
     "checkpoint_folder": [],
     "checkpoint": ["checkpoint_folder"],
     "tensor_parallel": [],  # neutral ground: what ranks send each other, in the decoder and in FP8 layers
+    "probe": [],  # neutral ground: where the decoder and FP8 layers let themselves be looked at, by whom they do not know
     "loss": ["tensor_parallel"],  # neutral ground: the decoder's loss, which float8.head computes in FP8
     "optim": ["float8.kernels.adam", "float8.formats"],
     "model.activations": ["tensor_parallel"],
-    "model.decoder": ["model.activations", "model.args", "loss", "tensor_parallel"],
+    "model.decoder": ["model.activations", "model.args", "loss", "probe", "tensor_parallel"],
     "model.parallelize": ["float8.kernels.attention", "device", "tensor_parallel"],
     "float8.formats": [],
     "float8.kernels.*": ["float8.formats", "float8.kernels*"],
-    "float8.scaling": ["float8.formats", "tensor_parallel"],
+    "float8.scaling": ["float8.formats", "probe", "tensor_parallel"],
     "float8.weights": ["float8.formats"],
     "float8.linear": [
         "float8.kernels*",
@@ -55,13 +56,14 @@ OURS = {
         "float8.scaling",
         "float8.formats",
         "float8.linear",
+        "probe",
         "tensor_parallel",
     ],
     "float8.head": ["loss", "float8.kernels*", "float8.scaling", "float8.formats", "tensor_parallel"],
     "float8.attention": ["float8.kernels*", "float8.scaling", "float8.formats"],
     "float8.tensorwise": ["tensor_parallel"],
     "float8.convert": ["float8.*", "config"],
-    "stability.statistics": ["float8.formats"],
+    "stability.statistics": ["probe"],
     "stability.predictor": [],
     "stability.policy": [],
     "stability.endpoint": [],

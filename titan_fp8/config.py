@@ -186,7 +186,10 @@ class Data:
 
 @dataclass
 class Stability:
-    """What to do about a step whose loss or gradients are not finite."""
+    """What is watched, and what to do about a step whose loss or gradients are not finite."""
+
+    statistics: bool = True
+    """In logged steps, look at activations, gradients, FP8 tensors and weights: what foretells divergence."""
 
     skip_nonfinite_steps: int = 0
     """Skip up to this many bad steps in a row (weights and optimizer untouched) before stopping the run."""

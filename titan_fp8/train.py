@@ -13,6 +13,7 @@ import logging
 import math
 import os
 import sys
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ from titan_fp8.errors import UserError  # noqa: E402
 from titan_fp8.float8.convert import scaling_state  # noqa: E402
 from titan_fp8.float8.loss_scale import LossScaler  # noqa: E402
 from titan_fp8.interrupt import StopRequest, die_with_launcher  # noqa: E402
-from titan_fp8.stability.statistics import FiniteWatch  # noqa: E402
+from titan_fp8.stability.statistics import FiniteWatch, Statistics, plain  # noqa: E402
 
 
 class Trainer(titan.Trainer):
@@ -55,7 +56,7 @@ class Trainer(titan.Trainer):
             if job_config.validation.enable:
                 self.validator.amp = self.maybe_enable_amp
             logger.info(f"Mixed precision training is handled by AMP after all, in {dtype}")
-        self.parameters = {_plain(name): p for name, p in self.model.named_parameters()}
+        self.parameters = {plain(name): p for name, p in self.model.named_parameters()}
         blocks = {
             f"layers.{name}": block for name, block in self.model.get_submodule("layers").named_children()
         }
@@ -66,7 +67,16 @@ class Trainer(titan.Trainer):
         )
         self.watch = FiniteWatch(blocks, list(self.parameters), self.device)
         self.token_bytes = torch.from_numpy(self.tokenizer.token_byte_lengths())  # stays on CPU, as labels do
+        self.statistics: Statistics | None = None
+        if job_config.stability.statistics:
+            tp = dims.get_mesh("tp").get_group() if dims.tp_enabled else None
+            batch = job_config.training.local_batch_size
+            self.statistics = Statistics(
+                self.model, self.model.observer, batch, tp, self.scaling, self.device
+            )
+        self.monitor_saved = True  # in the checkpoint that is about to be loaded
         self.started = False  # has this process trained a step
+        self.first_step = 0  # of this process
         self.stop_request = StopRequest(self.device)
         self.stopped = False  # as asked, before the last step
 
@@ -90,6 +100,8 @@ class Trainer(titan.Trainer):
         processor.log_folder = _log_folder(job_config)
         if self.scaling is not None:
             processor.fp8_report = self.scaling.report
+        if self.statistics is not None:
+            processor.statistics = self.statistics.collect
 
     def init_distributed(self) -> Any:
         dims = super().init_distributed()
@@ -114,6 +126,7 @@ class Trainer(titan.Trainer):
     def train_step(self, data_iterator: Any) -> None:
         if not self.started:
             self.started = True
+            self.first_step = self.step
             self.metrics_processor.resume(self.step - 1)
             if self.scaling is not None:
                 self.scaling.scale_weights()  # they may have been loaded without FP8 state
@@ -128,14 +141,22 @@ class Trainer(titan.Trainer):
             dist.all_reduce(sums, group=self.parallel_dims.get_mesh("batch").get_group())
         tokens, text_bytes = sums.unbind()
 
+        shown = self.metrics_processor.should_log(self.step)
+        looks = self.statistics if shown or self._compiles_observation() else None
         losses = []
-        for input_dict, labels in microbatches:
+        for index, (input_dict, labels) in enumerate(microbatches):
+            if looks is not None and index == len(microbatches) - 1:
+                looks.begin()
             input_dict = {key: value.to(self.device) for key, value in input_dict.items()}
             loss = self.forward_backward_step(
                 input_dict=input_dict, labels=labels.to(self.device), global_valid_tokens=tokens
             )
             losses.append(loss.detach())
         loss = torch.stack(losses).sum()
+        if looks is not None:
+            looks.end()
+            if shown:
+                looks.before_update()
 
         grads = self._gradients()
         norms = self._gradient_norms(grads)
@@ -165,12 +186,15 @@ class Trainer(titan.Trainer):
         if backs_off and self.scaling is not None:
             self.scaling.rescale_gradients(ratio)
 
-        shown = self.metrics_processor.should_log(self.step)
         if shown:
             self._log(loss, local_tokens, tokens, text_bytes, grad_norm, lr)
         last = self.step == self.job_config.training.steps
         if shown or self.checkpointer._should_save(self.step, last_step=last):
             self._stop_if_bad()
+
+    def _compiles_observation(self) -> bool:
+        """Whether to observe for the compiler's sake: so it has made both graphs by the third step of this process."""
+        return self.step == self.first_step + 2 and not self.metrics_processor.should_log(self.step - 1)
 
     def _text_bytes(self, labels: torch.Tensor) -> torch.Tensor:
         return self.token_bytes[labels[labels != IGNORE_INDEX]].sum()
@@ -276,17 +300,20 @@ class Trainer(titan.Trainer):
             )
 
     def state_dict(self) -> dict[str, Any]:
-        return super().state_dict() | {"loss_scale": self.loss_scaler.state_dict()}
+        state = super().state_dict() | {"loss_scale": self.loss_scaler.state_dict()}
+        return state | ({"monitor": self.metrics_processor.state_dict()} if self.monitor_saved else {})
+
+    def prepare_to_load(self, names: Collection[str]) -> None:
+        """The next `state_dict` asks only for what a checkpoint with these names holds: earlier ones know no monitor."""
+        self.monitor_saved = any(name.startswith("monitor.") for name in names)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
         if "loss_scale" in state_dict:
             self.loss_scaler.load_state_dict(state_dict["loss_scale"])
-
-
-def _plain(name: str) -> str:
-    """A parameter's name without the wrappers of torch.compile and activation checkpointing."""
-    return name.replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", "")
+        if "monitor" in state_dict:
+            self.metrics_processor.load_state_dict(state_dict["monitor"])
+        self.monitor_saved = True
 
 
 def _log_folder(config: Any) -> str:

@@ -246,3 +246,34 @@ def test_summary(make_processor, clock, tmp_path):
         "Logs: outputs/logs",
         "Try next: ./run_train.sh train_configs/390m.toml",
     ]
+
+
+def test_statistics_reach_row_and_predictor(make_processor, clock, tmp_path):
+    """A kurtosis that grows tenfold in forty rows becomes a risk with that cause; a saved state goes on bit for bit."""
+    first = make_processor(steps=200, log_freq=1)
+    table = {}
+    first.resume(0)
+    first.statistics = lambda: table
+    for step in range(1, 81):
+        table = {"layers.1.ffn_act": {"kurtosis": 4 * 10 ** (step / 40), "amax": 3.0}}
+        steps(first, clock, step, step)
+        if step == 60:
+            saved = json.loads(json.dumps(first.state_dict()))
+    train = rows(tmp_path, "train")
+    assert train[9]["risk"] == 0 and train[9]["cause"] is None and train[9]["steps_to_saturation"] is None
+    last = train[-1]
+    assert last["statistics"] == table
+    assert last["risk"] > 0.5
+    assert (last["cause"], last["cause_kind"]) == ("layers.1.ffn_act.kurtosis", "trend")
+    assert first.prediction.risk == pytest.approx(last["risk"], rel=1e-5)
+    soon, median, late = last["steps_to_saturation"]
+    assert soon <= median and (late is None or median <= late)
+
+    again = make_processor(steps=200, log_freq=1)
+    again.load_state_dict(saved)
+    again.resume(60)
+    again.statistics = lambda: table
+    for step in range(61, 81):
+        table = {"layers.1.ffn_act": {"kurtosis": 4 * 10 ** (step / 40), "amax": 3.0}}
+        steps(again, clock, step, step)
+    assert again.state_dict() == first.state_dict()

@@ -17,7 +17,7 @@ jump, and margin does not apply. On the very first step there is no history, and
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -25,9 +25,19 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from titan_fp8.probe import Cast, Observer, Probe, sample_sums
 from titan_fp8.tensor_parallel import Ranks, all_max
 
-from .formats import E4M3, FP8_MAX, amax, fold_amax, saturating_cast, scale_from_amax, short_name
+from .formats import (
+    E4M3,
+    FP8_MAX,
+    ROUNDS_TO_ZERO,
+    amax,
+    fold_amax,
+    saturating_cast,
+    scale_from_amax,
+    short_name,
+)
 
 
 class CastRule(NamedTuple):
@@ -38,6 +48,7 @@ class CastRule(NamedTuple):
     calibrating: bool
     record: bool
     ranks: Ranks | None = None
+    observe: bool = False
 
 
 @dataclass
@@ -52,13 +63,15 @@ class Recipe:
     power_of_two: bool = False
     calibrating: bool = True
     ranks: Ranks | None = None
+    observer: Observer | None = field(default=None, repr=False)
 
     def rule(self, record: bool) -> CastRule:
-        return CastRule(self.margin, self.power_of_two, self.calibrating, record, self.ranks)
+        observe = record and self.observer is not None and self.observer.on
+        return CastRule(self.margin, self.power_of_two, self.calibrating, record, self.ranks, observe)
 
 
-class TensorScale(nn.Module):
-    """One FP8 tensor's scale in use and the amax seen since the last update (0-dim float32 buffers).
+class TensorScale(Probe):
+    """One FP8 tensor's scale in use and the amax seen since the last update (0-dim float32 buffers), and its probe.
 
     The buffers are not saved: `DelayedScaling` keeps the truth and writes them.
     """
@@ -72,6 +85,9 @@ class TensorScale(nn.Module):
         self.gradient = gradient  # its size goes with the loss scale
         self.register_buffer("scale", torch.ones((), dtype=torch.float32), persistent=False)
         self.register_buffer("amax", torch.zeros((), dtype=torch.float32), persistent=False)
+
+    def state(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.scale, self.amax, self.sums
 
     def extra_repr(self) -> str:
         return f"delayed_{short_name(self.dtype)}"
@@ -117,6 +133,19 @@ def quantize(
     return saturating_cast(x, scale, dtype), scale
 
 
+def observe(
+    x: Tensor,
+    sums: Tensor,
+    scale: Tensor,
+    dtype: torch.dtype,
+    ranks: Ranks | None = None,
+    moments: bool = False,
+) -> None:
+    """Look at x [..., N], which `scale` takes to FP8. `ranks`: it has all their rows, one rank's below another's."""
+    cast = Cast(scale, FP8_MAX[dtype], ROUNDS_TO_ZERO[dtype])
+    sums.copy_(sample_sums(x, len(sums), 1 if ranks is None else ranks.size, moments, cast))
+
+
 def _no_nan(amaxes: Tensor) -> Tensor:
     """What is not finite as inf: a maximum over ranks or weights loses NaN, but not inf."""
     return torch.where(amaxes.isfinite(), amaxes, torch.inf)
@@ -127,6 +156,7 @@ class DelayedScaling(nn.Module):
 
     Buffers (saved): history [H, N] and scale, last_amax, saturation [N] float32; saturated_steps, nonfinite_steps [N] and
     steps [] int64. `saturation` is the last step's amax over the largest magnitude its scale could hold: above 1 it clamped.
+    Not saved: largest [N], the history's maximum; jump [N], the last step's amax over the one before (0: unknown).
     """
 
     history: Tensor
@@ -136,6 +166,8 @@ class DelayedScaling(nn.Module):
     saturated_steps: Tensor
     nonfinite_steps: Tensor
     steps: Tensor
+    largest: Tensor
+    jump: Tensor
     fp8_max: Tensor
     is_gradient: Tensor
     is_weight: Tensor
@@ -145,6 +177,7 @@ class DelayedScaling(nn.Module):
         super().__init__()
         self.names = list(slots)
         self.slots = tuple(slots.values())  # a tuple: they are the layers' submodules, not ours
+        self.weights = frozenset(name for name, slot in slots.items() if isinstance(slot, WeightScale))
         self.recipe = recipe
         n = len(self.slots)
         # Named dtypes: under torchtitan's training.dtype the default one may be bfloat16.
@@ -154,6 +187,8 @@ class DelayedScaling(nn.Module):
         self.register_buffer("saturated_steps", torch.zeros(n, dtype=torch.int64))
         self.register_buffer("nonfinite_steps", torch.zeros(n, dtype=torch.int64))
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+        for name in ("largest", "jump"):
+            self.register_buffer(name, torch.zeros(n, dtype=torch.float32), persistent=False)
         self.register_buffer("fp8_max", torch.zeros(n, dtype=torch.float32), persistent=False)
         self.register_buffer("is_gradient", torch.zeros(n, dtype=torch.bool), persistent=False)
         self.register_buffer("is_weight", torch.zeros(n, dtype=torch.bool), persistent=False)
@@ -183,6 +218,8 @@ class DelayedScaling(nn.Module):
         if self.steps.is_meta:
             return
         self._write_slots()
+        self.largest.copy_(torch.where(self.is_weight, 0.0, self.history.amax(0)))
+        self.jump.zero_()
         self.recipe.calibrating = int(self.steps) == 0
 
     @torch.no_grad()
@@ -224,6 +261,7 @@ class DelayedScaling(nn.Module):
             self.saturation.copy_((now * self.scale / self.fp8_max).masked_fill(self.is_weight, 1.0))
             # Rounding alone can put it a little above 1.
             self.saturated_steps += finite & (self.saturation > 1 + 1e-6)
+        self.jump.copy_(torch.where(self.largest > 0, now / self.largest, 0.0))
 
         rows = self.history.shape[0]
         row = self.steps % rows
@@ -239,6 +277,7 @@ class DelayedScaling(nn.Module):
         margins = torch.where(self.is_weight, 0.0, self.recipe.margin)
         fresh = scale_from_amax(largest, self.fp8_max / torch.exp2(margins), 0, self.recipe.power_of_two)
         self.scale.copy_(torch.where(largest > 0, fresh, self.scale))
+        self.largest.copy_(largest)
         self.last_amax.copy_(now)
         self.steps += 1
         self._write_slots()
@@ -249,6 +288,7 @@ class DelayedScaling(nn.Module):
         """The loss scale changed by `factor`: so will every gradient's amax. Keeps histories and scales in step with it."""
         factors = torch.where(self.is_gradient, factor, 1.0)
         self.history *= factors
+        self.largest *= factors
         self.scale /= factors
         self._write_slots()
 
@@ -268,6 +308,10 @@ class DelayedScaling(nn.Module):
             name: {key: column[i] for key, column in zip(keys, table, strict=True)}
             for i, name in enumerate(self.names)
         }
+
+    def headroom(self) -> Tensor:
+        """[N] float32: log2 of how far the last step's amax was below what its scale could hold; NaN: unknown."""
+        return torch.where(self.saturation > 0, 0 - self.saturation.log2(), torch.nan)
 
     def extra_repr(self) -> str:
         return f"tensors={len(self.slots)}, {self.recipe}"

@@ -20,6 +20,7 @@ logger = logging.getLogger()
 
 Row = dict[str, Any]
 GIB = 1024**3
+RISK_SHOWN = 0.3  # of divergence: below it, a row says nothing about it
 
 
 class NoColor:
@@ -113,6 +114,8 @@ class Console:
             f"{c.magenta}mfu: {mfu}  "
             f"{c.reset}eta: {eta}"
         )
+        if row.get("risk", 0) >= RISK_SHOWN:
+            line += f"  {c.red}risk: {row['risk']:.2f} ({row['cause']}){c.reset}"
         fp8 = row.get("fp8")
         if fp8 and fp8["saturated_tensors"]:
             line += (

@@ -14,6 +14,7 @@ for it may have any length: step 1, the last step, the first log after a resume.
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Callable
@@ -33,6 +34,8 @@ import titan_fp8
 from titan_fp8.stability.console import GIB, Console
 from titan_fp8.stability.exporter import Exporter
 from titan_fp8.stability.journal import Journal
+from titan_fp8.stability.predictor import Prediction, Predictor, series_of
+from titan_fp8.stability.statistics import Table
 
 if TYPE_CHECKING:
     from torchtitan.protocols import BaseModelArgs
@@ -75,13 +78,16 @@ class TitanMetricsProcessor(MetricsProcessor):
 
     The trainer may set, before `resume`:
         fp8_report: returns a Report. Called on every rank, only when logging; it may be a collective.
+        statistics: returns a statistics.Table, the same on every rank. Called as fp8_report is.
         unigram_entropy: loss of a model that knows token frequencies alone, nats per token.
         next_command: what the user could type after this run.
         log_folder: where the console output of all ranks is kept.
 
     `log` reads from `extra_metrics`: n_tokens_seen (all ranks, since the first start of the run), lr,
     bits_per_byte, loss_scale, skipped_steps, nonfinite_steps (totals). `log_validation` reads bits_per_byte.
-    All of them go to TensorBoard too. `exporter` is None except on rank 0 with `[prometheus] enable` or `textfile`.
+    All of them go to TensorBoard too. `prediction` is that of the last logged row, equal on all ranks, since all see
+    equal values; `state_dict` is what the monitor must remember over a restart. `exporter` is None except on rank 0 with
+    `[prometheus] enable` or `textfile`.
 
     Raises UserError where Prometheus' port or files cannot be used.
     """
@@ -89,6 +95,9 @@ class TitanMetricsProcessor(MetricsProcessor):
     def __init__(self, job_config: JobConfig, parallel_dims: ParallelDims, tag: str | None = None):
         super().__init__(job_config, parallel_dims, tag)
         self.fp8_report: Callable[[], Report] | None = None
+        self.statistics: Callable[[], Table] | None = None
+        self.predictor = Predictor()
+        self.prediction: Prediction | None = None
         self.unigram_entropy: float | None = None
         self.next_command: str | None = None
         self.log_folder: str | None = None
@@ -166,6 +175,9 @@ class TitanMetricsProcessor(MetricsProcessor):
         row = self._train_row(step, losses, window, extra)
         if report:
             row["fp8"] = fp8_summary(report)
+        if self.statistics is not None:
+            row["statistics"] = self.statistics()
+        self._predict(row)
         self.logger.log(self._tensorboard(row, window.memory, extra), step)
         if self._is_writer:
             assert self._journal is not None and self._console is not None
@@ -174,6 +186,26 @@ class TitanMetricsProcessor(MetricsProcessor):
             if self.exporter:
                 self.exporter.update(row)
         self._begin_window(step)
+
+    def _predict(self, row: dict[str, Any]) -> None:
+        """Add to a train row what the predictor says of it."""
+        told = self.predictor.update(row["step"], series_of(row))
+        self.prediction = told
+        row["risk"] = float(f"{told.risk:.6g}")
+        row["cause"] = told.cause.series if told.cause else None
+        row["cause_kind"] = told.cause.kind if told.cause else None
+        steps = told.steps_to_saturation
+        row["steps_to_saturation"] = steps and [
+            float(f"{count:.6g}") if math.isfinite(count) else None for count in steps
+        ]
+
+    def state_dict(self) -> dict[str, str]:
+        """What the monitor has learned, as JSON text."""
+        return {"predictor": json.dumps(self.predictor.state_dict())}
+
+    def load_state_dict(self, state: dict[str, str]) -> None:
+        """Go on from a `state_dict`. Raises UserError for a predictor's of another version."""
+        self.predictor.load_state_dict(json.loads(state["predictor"]))
 
     def begin_validation(self) -> None:
         """Put the window aside: a validation's time and tokens are not training's.
@@ -324,6 +356,7 @@ class TitanMetricsProcessor(MetricsProcessor):
             "throughput(tps, all ranks)": row["tokens_per_second"],
             **extra,
         }
+        tags["stability/risk"] = row["risk"]
         if "fp8" in row:
             tags["fp8/saturated_tensors"] = row["fp8"]["saturated_tensors"]
             tags["fp8/max_saturation"] = row["fp8"]["max_saturation"]
