@@ -163,7 +163,13 @@ def test_a_second_start_of_a_finished_run_says_what_to_do(runs):
 
 def test_plot_draws_the_run(runs, tmp_path):
     picture = tmp_path / "run.png"
-    command = [sys.executable, "tools/plot.py", str(runs["whole"] / "outputs/debug"), "--out", str(picture)]
+    command = [
+        sys.executable,
+        "tools/plot_run.py",
+        str(runs["whole"] / "outputs/debug"),
+        "--out",
+        str(picture),
+    ]
     subprocess.run(command, cwd=ROOT, check=True, timeout=120)
     assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and picture.stat().st_size > 20_000
 
@@ -206,7 +212,7 @@ def readme_commands() -> list[str]:
 ADDED = {
     "bash run_train.sh": None,  # the fixture `runs` ran exactly this
     "bash tests/run.sh": None,  # this test runs inside it; .ci/run calls it (below)
-    "python tools/plot.py outputs/debug": "",
+    "python tools/plot_run.py outputs/debug": "",
     "python tools/audit_gemms.py --config train_configs/debug.toml": "",
     "python -m titan_fp8.train --help": "",
     "CONFIG_FILE=train_configs/fog_390m.toml bash run_train.sh --training.steps=20": "gpu",

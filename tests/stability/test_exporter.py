@@ -125,8 +125,6 @@ def test_every_metric_reaches_a_scraper(samples, monkeypatch):
         ("loss", ()): 2.0,
         ("loss_max", ()): 2.5,
         ("validation_loss", ()): 1.75,
-        ("bits_per_byte", ()): 1.1,
-        ("validation_bits_per_byte", ()): 0.9,
         ("grad_norm", ()): 1.25,
         ("learning_rate", ()): 1e-3,
         ("step_seconds", ()): 0.5,
@@ -147,7 +145,7 @@ def test_every_metric_reaches_a_scraper(samples, monkeypatch):
         ("fp8_saturated_tensors", ()): 1,
         ("fp8_max_saturation_ratio", ()): 1.5,
         ("activation_kurtosis", (*layer, ("site", "ffn_act"))): 4.0,
-        ("fp8_headroom_bits", (*layer, ("tensor", "attention.inner_attention.ds"))): 1.5,
+        ("fp8_headroom_log2", (*layer, ("tensor", "attention.inner_attention.ds"))): 1.5,
         ("fp8_saturated_ratio", layer): 0.0,
         ("fp8_underflowed_ratio", layer): 0.1,
         ("ffn_alignment_max", layer): 0.5,
@@ -186,7 +184,7 @@ def test_the_worst_tensor_speaks_for_its_layer(samples):
     assert got[name, (("layer", "1"),)] == 0.01
     assert math.isnan(got[name, (("layer", "0"),)])
     assert got[name, (("layer", ""),)] == 0.5
-    assert got["titan_fp8_fp8_headroom_bits", (("layer", ""), ("tensor", "loss.h"))] == -0.5
+    assert got["titan_fp8_fp8_headroom_log2", (("layer", ""), ("tensor", "loss.h"))] == -0.5
 
 
 def test_the_cause_is_one(samples):

@@ -102,10 +102,6 @@ TABLE: tuple[Row, ...] = (
     _gauge("loss", "loss", "Training loss, nats per token, mean over all ranks."),
     _gauge("loss_max", "loss_max", "Training loss of the worst rank, nats per token."),
     _gauge("validation_loss", "validation_loss", "Held-out loss, nats per token."),
-    _gauge("bits_per_byte", "bits_per_byte", "Training loss in bits per byte of text.", "bits_per_byte"),
-    _gauge(
-        "validation_bits_per_byte", "validation_bits_per_byte", "Held-out loss in bits per byte of text.", "bits_per_byte"
-    ),
     _gauge("grad_norm", "grad_norm", "Norm of the whole gradient before clipping."),
     _gauge("learning_rate", "lr", "Learning rate of the last logged step."),
     # Speed and memory, since the last logged step
@@ -143,8 +139,7 @@ TABLE: tuple[Row, ...] = (
     # Per layer
     _statistic("activation_kurtosis", "kurtosis", "Kurtosis mean(x^4) / mean(x^2)^2; 3 for a Gaussian.", "site"),
     _statistic(
-        "fp8_headroom_bits", "headroom", "log2(largest FP8 number / (amax * scale)); below 0 the cast clamped.", "tensor",
-        unit="bits",
+        "fp8_headroom_log2", "headroom", "log2(largest FP8 number / (amax * scale)); below 0 the cast clamped.", "tensor",
     ),
     _statistic(
         "fp8_saturated_ratio", "saturated_share", "Share of elements clamped by the cast, worst FP8 tensor of the layer.",

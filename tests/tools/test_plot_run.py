@@ -1,4 +1,4 @@
-"""tools/plot.py: draws what is there, and says in one line what is not."""
+"""tools/plot_run.py: draws what is there, and says in one line what is not."""
 
 import importlib
 import json
@@ -8,14 +8,14 @@ import pytest
 
 pytest.importorskip("matplotlib", reason="needs matplotlib (pip install 'titan-fp8[plot]')")
 
-SCRIPT = Path(__file__).parents[2] / "tools" / "plot.py"
+SCRIPT = Path(__file__).parents[2] / "tools" / "plot_run.py"
 
 
 @pytest.fixture(scope="module")
 def plot():
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(SCRIPT.parent))
-        yield importlib.import_module("plot")
+        yield importlib.import_module("plot_run")
 
 
 def write_run(folder, fp8=True, about=True):
