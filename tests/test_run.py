@@ -221,6 +221,8 @@ ADDED = {
     "python tools/plan.py train_configs/fog_8b.toml --gpus 256 --tp 2": "",
     "NNODES=2 RDZV_ENDPOINT=node0:29500 MAX_RESTARTS=3 bash run_train.sh": None,  # test_launch.py, two at once
     "python tools/export_hf.py --config train_configs/debug.toml --checkpoint outputs/debug/checkpoint/step-200 --out exported": "",  # noqa: E501
+    "docker compose -f tools/monitoring/compose.yaml up -d": None,  # its files are held by tests/monitoring
+    "python tools/monitoring/replay.py outputs/debug": None,  # goes on until Ctrl-C: tests/monitoring/test_replay.py
 }
 
 

@@ -75,15 +75,16 @@ class Run:
 
         `tensors`: of FP8 tensors (dotted sites) instead of activations.
         """
-        found: dict[tuple[int | None, str], NDArray[np.float64]] = {}
+        found: dict[str, NDArray[np.float64]] = {}
         for index, row in enumerate(self.train):
             for name, statistics in (row.get("statistics") or {}).items():
                 value = statistics.get(statistic)
-                layer, site, _ = split_name(f"{name}.{statistic}")
-                if value is not None and ("." in site) == tensors:
-                    values = found.setdefault((layer, site), np.full(len(self.train), np.nan))
-                    values[index] = value
-        return found
+                if value is not None:
+                    if name not in found:
+                        found[name] = np.full(len(self.train), np.nan)
+                    found[name][index] = value
+        split = {split_name(f"{name}.{statistic}")[:2]: values for name, values in found.items()}
+        return {key: values for key, values in split.items() if ("." in key[1]) == tensors}
 
 
 def load(folder: Path, name: str) -> Run:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from titan_fp8.stability.predictor import split_name
 
 BLUE, RED, GREEN = COLORS[:3]
 WARN, ALERT = 0.5, 0.9  # risks at which tools/monitoring/rules.yml warns and alerts
+SITES = ("residual", "qkv_in", "q", "k", "v", "attention_out", "ffn_up", "ffn_act", "ffn_out")
 COLUMNS = 800  # of a heat map; more rows are merged, the worst of them is shown
 
 Floats = NDArray[np.float64]
@@ -49,19 +51,20 @@ def draw(runs: list[Run], out: Path) -> None:
 
     plan = list(_page(runs[0]) if len(runs) == 1 else _comparison(runs))
     with plt.rc_context(STYLE):
-        heights = [height for height, _ in plan]
+        heights = [sum(high) for high, _ in plan]
         figure = plt.figure(figsize=(12, 0.4 + sum(heights)), layout="constrained")
-        grid = figure.add_gridspec(len(plan), 6, height_ratios=heights)
+        # Lines of panels are laid out by themselves: long names in one must not narrow the others.
+        lines = figure.subfigures(len(plan), 1, height_ratios=heights, squeeze=False)[:, 0]
         steps = [row["step"] for run in runs for row in run.train]
-        for line, (_, panels) in enumerate(plan):
-            width = 6 // len(panels)
-            for column, panel in enumerate(panels):
-                axis = figure.add_subplot(grid[line, column * width : (column + 1) * width])
+        for line, (high, panels) in zip(lines, plan, strict=True):
+            across = len(panels) // len(high)
+            axes = line.subplots(len(high), across, height_ratios=high, squeeze=False).flat
+            for panel, axis in zip(panels, axes, strict=True):
                 panel(axis)
-                axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+                axis.xaxis.set_major_locator(MaxNLocator(nbins=12 // across + 1, integer=True))
                 if len(set(steps)) > 1:
                     axis.set_xlim(min(steps), max(steps))
-                if line == len(plan) - 1:
+                if line is lines[-1]:
                     axis.set_xlabel("Step")
         if len(runs) == 1:
             figure.suptitle(_describe(runs[0]), x=0.01, ha="left", fontsize=11, fontweight="bold")
@@ -69,56 +72,49 @@ def draw(runs: list[Run], out: Path) -> None:
         plt.close(figure)
 
 
-def _page(run: Run) -> Iterator[tuple[float, list[Draw]]]:
-    """Lines of panels of one run, each with its height in inches."""
-    yield 2.6, [lambda axis: _loss(axis, [run])]
+Line = tuple[list[float], list[Draw]]
+"""Heights of one or more rows in inches, and the panels of all of them; the rows of a line share their margins."""
+
+
+def _page(run: Run) -> Iterator[Line]:
+    top: Line = [2.6], [lambda axis: _loss(axis, [run])]
     if run.actions:
-        causes = {(row["action"], row["cause"]) for row in run.actions}
-        yield 0.5 + 0.22 * len(causes), [lambda axis: _actions(axis, run)]
+        kinds = {(row["action"], row["cause"]) for row in run.actions}
+        top[0].append(0.5 + 0.22 * len(kinds))
+        top[1].append(lambda axis: _actions(axis, run))
     if run.series("risk")[0]:
-        yield 2.0, [lambda axis: _risk(axis, run)]
+        top[0].append(2.0)
+        top[1].append(lambda axis: _risk(axis, run))
+    yield top
     if kurtosis := run.table("kurtosis"):
-        yield (
-            2.3,
-            [
-                lambda axis: _kurtosis(
-                    axis, run, _grouped(kurtosis, 0, np.fmax), "layer, largest of all sites"
-                ),
-                lambda axis: _kurtosis(
-                    axis, run, _grouped(kurtosis, 1, np.fmax), "site, largest of all layers"
-                ),
-            ],
-        )
+        layers, sites = _grouped(kurtosis, 0, np.fmax), _grouped(kurtosis, 1, np.fmax)
+        left = lambda axis: _kurtosis(axis, run, layers, "layer, largest of all sites")  # noqa: E731
+        yield [2.3], [left, lambda axis: _kurtosis(axis, run, sites, "site, largest of all layers")]
     if headroom := run.table("headroom", tensors=True):
-        yield (
-            2.6,
-            [
-                lambda axis: _headroom(axis, run, _grouped(headroom, 0, np.fmin), "layer, worst tensor"),
-                lambda axis: _headroom(axis, run, _grouped(headroom, 1, np.fmin), "tensor, worst layer"),
-            ],
-        )
+        of_layers, of_tensors = _grouped(headroom, 0, np.fmin), _grouped(headroom, 1, np.fmin)
+        left = lambda axis: _headroom(axis, run, of_layers, "layer, worst tensor")  # noqa: E731
+        yield [2.6], [left, lambda axis: _headroom(axis, run, of_tensors, "tensor, worst layer")]
     lines: list[Draw] = []
     if alignment := run.table("alignment_q999"):
         lines.append(lambda axis: _alignment(axis, run, alignment))
     if logits := run.table("logit_max"):
-        lines.append(lambda axis: _by_layer(axis, run, logits, "Largest attention logit", yscale="log"))
+        lines.append(lambda axis: _logits(axis, run, logits))
     if share := run.table("saturated_share", tensors=True):
-        worst = {(layer, ""): values for layer, values in _grouped(share, 0, np.fmax).items()}
-        lines.append(lambda axis: _share(axis, run, worst))
+        lines.append(lambda axis: _share(axis, run, np.fmax.reduce(list(share.values()))))
     if lines:
-        yield 1.9, lines
+        yield [1.9], lines
     known = [
         name for name in CURVES if run.series(name)[0] and not (name == "fp8.max_saturation" and headroom)
     ]
     for start in range(0, len(known), 3):
-        yield 1.9, [lambda axis, name=name: _curve(axis, [run], name) for name in known[start : start + 3]]
+        yield [1.9], [lambda axis, name=name: _curve(axis, [run], name) for name in known[start : start + 3]]
 
 
-def _comparison(runs: list[Run]) -> Iterator[tuple[float, list[Draw]]]:
-    yield 3.4, [lambda axis: _loss(axis, runs)]
+def _comparison(runs: list[Run]) -> Iterator[Line]:
+    yield [3.4], [lambda axis: _loss(axis, runs)]
     known = [name for name in CURVES if any(run.series(name)[0] for run in runs)]
     for start in range(0, len(known), 2):
-        yield 2.2, [lambda axis, name=name: _curve(axis, runs, name) for name in known[start : start + 2]]
+        yield [2.2], [lambda axis, name=name: _curve(axis, runs, name) for name in known[start : start + 2]]
 
 
 # ---- Curves ----
@@ -141,7 +137,8 @@ def _curve(axis: Any, runs: list[Run], name: str) -> None:
         mark_broken(axis, broken, color)
     if name == "grad_norm":
         axis.set_yscale("log")
-        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        low, high = axis.get_ylim()
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 300 * low else (1,)))
         axis.yaxis.set_major_formatter("{x:g}")
         axis.yaxis.set_minor_locator(NullLocator())
     elif name == "fp8.max_saturation":
@@ -153,6 +150,8 @@ def _curve(axis: Any, runs: list[Run], name: str) -> None:
 
 
 def _loss(axis: Any, runs: list[Run]) -> None:
+    from matplotlib.ticker import LogLocator, NullLocator
+
     axis.set(title="Loss (nats per token)")
     alone = len(runs) == 1
     for run, color in zip(runs, COLORS, strict=False):
@@ -167,7 +166,15 @@ def _loss(axis: Any, runs: list[Run]) -> None:
             )  # fmt: skip
     if alone and (first := _first_alarm(runs[0])) is not None:
         axis.axvline(first, color=RED, linewidth=1, label=f"risk first at {WARN:g}: step {first}")
-    axis.legend(loc="upper right")
+    losses = np.array([value for run in runs for value in run.series("loss")[1] if math.isfinite(value)])
+    if (
+        len(losses) and losses.max() > 3 * np.median(losses) and losses.min() > 0
+    ):  # a spike would flatten all else
+        axis.set_yscale("log")
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7)))
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_locator(NullLocator())
+    axis.legend(loc="best" if alone else "upper right")
     # Runs on the same text share this line; draw each value once.
     for entropy in {run.about.get("unigram_entropy") for run in runs} - {None}:
         reference(axis, entropy, "token frequencies alone")
@@ -179,40 +186,40 @@ def _first_alarm(run: Run) -> int | None:
 
 
 def _risk(axis: Any, run: Run) -> None:
-    """The risk, filled, and under it a strip with the leading cause where the risk is worth a word."""
+    """The risk, filled, and under it a strip with the leading causes."""
     steps, risks, _ = run.series("risk")
-    axis.set(
-        title="Predicted risk of divergence, and its leading cause", ylim=(-0.34, 1.02), yticks=[0, 0.5, 1]
-    )
+    title = f"Predicted risk of divergence ({WARN:g} warns, {ALERT:g} alerts), and under it the leading cause"
+    axis.set(title=title, ylim=(-0.5, 1.02), yticks=[0, WARN, ALERT])
     axis.plot(steps, risks, color=RED, **dot_if_alone(risks))
     axis.fill_between(steps, 0, risks, color=RED, alpha=0.15, linewidth=0)
-    for level, name in ((WARN, "warning"), (ALERT, "alert")):
-        reference(axis, level, name)
-    shades = ("#F2C9A5", "#C9D9EC")
-    for index, (first, last, cause) in enumerate(_causes(run)):
-        axis.axvspan(first, last, ymin=0.02, ymax=0.17, color=shades[index % 2], linewidth=0)
-        if last - first > 0.12 * (steps[-1] - steps[0]):
-            axis.text((first + last) / 2, -0.2, cause, ha="center", va="center", fontsize=7.5, clip_on=True)
+    for first, last, cause in _causes(run):
+        axis.axvspan(first, last, ymin=0.01, ymax=0.3, facecolor="#F3E3D3", edgecolor="white", linewidth=1.5)
+        layer, site, statistic = split_name(cause)
+        where = [
+            site.replace("attention.inner_attention", "attention"),
+            f"layer {layer}" if layer is not None else "",
+        ]
+        text = "\n".join([statistic.replace("_", " "), *filter(None, where)])
+        axis.text((first + last) / 2, -0.265, text, ha="center", va="center", fontsize=7, clip_on=True)
 
 
 def _causes(run: Run) -> list[tuple[float, float, str]]:
-    """(first step, last step, words) of stretches with one leading cause and a risk of at least 0.1."""
-    stretches: list[list[Any]] = []
-    previous = None
-    for row in run.train:
-        cause = row.get("cause") if (row.get("risk") or 0) >= 0.1 else None
-        if stretches and cause == previous and cause is not None:
-            stretches[-1][1] = row["step"]
-        elif cause is not None:
-            layer, site, statistic = split_name(cause)
-            words = [
-                statistic.replace("_", " "),
-                f"of {site}" if site else "",
-                f"in layer {layer}" if layer is not None else "",
-            ]
-            stretches.append([row["step"], row["step"], " ".join(filter(None, words))])
-        previous = cause
-    return [(first - 0.5, last + 0.5, words) for first, last, words in stretches]
+    """(first step, last step, series): of each tenth of the run the most frequent leading cause at a risk of 0.1 or more."""
+    stretches: list[tuple[float, float, str]] = []
+    for part in np.array_split(np.arange(len(run.train)), 10):
+        rows = [run.train[index] for index in part]
+        causes = Counter(row["cause"] for row in rows if row.get("cause") and (row.get("risk") or 0) >= 0.1)
+        if not causes:
+            continue
+        cause, first, last = (
+            causes.most_common(1)[0][0],
+            rows[0]["step"],
+            run.train[min(part[-1] + 1, len(run.train) - 1)]["step"],
+        )
+        if stretches and stretches[-1][1:] == (first, cause):
+            first = stretches.pop()[0]
+        stretches.append((first, last, cause))
+    return stretches
 
 
 def _actions(axis: Any, run: Run) -> None:
@@ -223,18 +230,20 @@ def _actions(axis: Any, run: Run) -> None:
             [row["step"], row.get("until", row["step"])], [place, place], color=GREEN, linewidth=4, alpha=0.4
         )
         axis.plot(row["step"], place, "|", color=GREEN, markersize=9, markeredgewidth=1.8)
-    axis.set(title="What the stability policy did (bars: for how long)", ylim=(len(kinds) - 0.4, -0.6))
-    axis.set_yticks(
-        range(len(kinds)),
-        [f"{action.replace('_', ' ')}: {cause.replace('_', ' ')}" for action, cause in kinds],
+    axis.set(
+        title="What the stability policy did (bars: for how long)", ylim=(len(kinds) - 0.4, -0.6), yticks=[]
     )
+    edge = axis.get_yaxis_transform()
+    for place, (action, cause) in enumerate(kinds):
+        words = f"{action} ({cause})".replace("_", " ")
+        axis.text(0.005, place, words, transform=edge, va="center", fontsize=8, backgroundcolor="white")
 
 
-def _by_layer(axis: Any, run: Run, table: Table, title: str, **options: Any) -> None:
+def _by_layer(axis: Any, run: Run, table: Table, title: str) -> None:
     """A line per layer, from the first (light) to the last (dark)."""
     from matplotlib import colormaps
 
-    axis.set(title=f"{title}, by layer", **options)
+    axis.set(title=f"{title}, by layer")
     steps = [row["step"] for row in run.train]
     layers = sorted({layer for layer, _ in table if layer is not None})
     for (layer, _), values in sorted(table.items(), key=lambda item: (item[0][0] is None, item[0])):
@@ -251,10 +260,23 @@ def _alignment(axis: Any, run: Run, table: Table) -> None:
     reference(axis, 0.85, "a square")
 
 
-def _share(axis: Any, run: Run, table: Table) -> None:
-    smallest = min((v[v > 0].min() for v in table.values() if (v > 0).any()), default=1e-6)
-    _by_layer(axis, run, table, "Saturated share, worst tensor")
-    axis.set_yscale("symlog", linthresh=10 ** math.floor(math.log10(smallest)))
+def _logits(axis: Any, run: Run, table: Table) -> None:
+    _by_layer(axis, run, table, "Largest attention logit")
+    if max(np.nanmax(values) for values in table.values()) > 100:  # what grows, grows by orders of magnitude
+        axis.set_yscale("log")
+        axis.set_ylim(bottom=max(axis.get_ylim()[0], 0.01))
+    else:
+        axis.set_ylim(bottom=0)
+
+
+def _share(axis: Any, run: Run, worst: Floats) -> None:
+    """`worst`: of all FP8 tensors, [train rows]."""
+    axis.set(title="Saturated share of the worst FP8 tensor")
+    above = worst[worst > 0]
+    axis.set_yscale(
+        "symlog", linthresh=10 ** math.floor(math.log10(np.median(above))) / 10 if len(above) else 1e-6
+    )
+    axis.plot([row["step"] for row in run.train], worst, color=BLUE, linewidth=1)
     axis.set_ylim(bottom=0)
     axis.yaxis.set_major_formatter("{x:g}")
 
@@ -269,7 +291,10 @@ def _grouped(table: Table, part: int, worse: Callable[[Floats, Floats], Floats])
         if key[part] is not None:
             group = groups.get(key[part])
             groups[key[part]] = values if group is None else worse(group, values)
-    return dict(sorted(groups.items())) if part == 0 else groups
+    # Layers as they are counted, sites as data meets them; unknown ones last.
+    return dict(
+        sorted(groups.items(), key=lambda item: item[0] if part == 0 else (*SITES, item[0]).index(item[0]))
+    )
 
 
 def _heat(axis: Any, run: Run, groups: dict[Any, Floats], worse: Any, label: str, **options: Any) -> None:

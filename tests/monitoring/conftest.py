@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 
 import pytest
+import recordings  # noqa: F401 - puts tools/ and tools/monitoring/ on the path
 from servers import Monitoring, program
 
 

@@ -2,7 +2,7 @@
 
     healthy     the debug configuration (FOG), 200 steps
     diverging   240 steps of the same with architecture.preset = "llama", optimizer.lr = 1.0, training.max_norm = 1e6 and
-                lr_scheduler.warmup_steps = 300: rows of the FFN align, kurtosis and logits grow, the loss leaves its baseline
+                lr_scheduler.warmup_steps = 300: FFN rows align, kurtosis and logits grow, the loss leaves its baseline
 
 Both with metrics.log_freq = 1, training.seq_len = 64 and training.local_batch_size = 8. To record one anew:
 

@@ -77,7 +77,7 @@ def test_the_alert_is_delivered_before_the_loss_leaves_its_baseline(life, capsys
     told, off, late = ((when - life.start) * ROWS_PER_SECOND for when in (at, life.bad, spike[0]))
     with capsys.disabled():
         print(
-            f"\n  divergence predicted at row {told:.0f}; loss off its baseline at {off:.0f}, alert of its spike at {late:.0f}"
+            f"\n  alert of a prediction at row {told:.0f}; loss off its baseline at {off:.0f}; alert of that at {late:.0f}"
         )
     assert lead > 10 and at < spike[0]
     assert alert["labels"]["severity"] == "critical" and alert["labels"]["job"] == "titan_fp8"

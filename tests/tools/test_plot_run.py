@@ -45,6 +45,126 @@ def test_series_breaks_where_a_value_is_not_finite_and_skips_unknown_ones(plot, 
     assert run.series("mfu") == ([], [], [])
 
 
+def with_statistics(folder, layers=3):
+    """A run of 40 steps that goes bad, as the monitor writes it; row 7 has a NaN, the first no FP8 history."""
+    rows = [{"kind": "run", "step": 0, "model": "m", "recipe": "delayed", "ranks": 1, "device": "CPU"}]
+    for step in range(1, 41):
+        statistics = {}
+        for layer in range(layers):
+            name = f"layers.{layer}"
+            statistics[f"{name}.ffn_act"] = {"kurtosis": 3.0 * step, "rms": 1.0}
+            statistics[f"{name}.residual"] = {"kurtosis": 3.0}
+            statistics[f"{name}.attention"] = {"logit_max": 5.0}
+            statistics[f"{name}.feed_forward"] = {"alignment_q999": step / 50}
+            statistics[f"{name}.attention.wo.x"] = {
+                "headroom": 1.0 - layer,
+                "saturated_share": 1e-4 * layer,
+                "kurtosis": 1e9,
+            }
+        if step == 1:
+            del statistics["layers.0.attention.wo.x"]["headroom"]
+        row = {
+            "kind": "train",
+            "step": step,
+            "loss": 3.0 if step < 30 else 3.0 * (step - 28),
+            "grad_norm": 1.0,
+            "lr": 1e-3,
+        }
+        row |= {"tokens_per_second": 1e4, "statistics": statistics, "fp8": {"max_saturation": 2.0}}
+        row |= {
+            "risk": 0.0 if step < 20 else 0.95,
+            "cause": None if step < 20 else "layers.2.ffn_act.kurtosis",
+        }
+        if step == 7:
+            statistics["layers.1.ffn_act"]["kurtosis"] = None
+            row["nonfinite"] = ["statistics.layers.1.ffn_act.kurtosis"]
+        rows.append(row)
+    rows.append(
+        {
+            "kind": "action",
+            "step": 25,
+            "action": "current_scaling",
+            "cause": "fp8_range",
+            "why": "x",
+            "until": 35,
+        }
+    )
+    rows.append(
+        {"kind": "action", "step": 31, "action": "roll_back", "cause": "loss_spike", "why": "x", "target": 20}
+    )
+    folder.mkdir()
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def test_statistics_by_layer_and_site(plot, tmp_path):
+    run = plot.load(with_statistics(tmp_path / "run"), "run")
+    kurtosis = run.table("kurtosis")
+    assert set(kurtosis) == {(layer, site) for layer in range(3) for site in ("ffn_act", "residual")}
+    values = kurtosis[1, "ffn_act"]
+    assert values[0] == 3 and values[39] == 120 and values[6] != values[6]
+    headroom = run.table("headroom", tensors=True)
+    assert set(headroom) == {(layer, "attention.wo.x") for layer in range(3)}
+    assert headroom[0, "attention.wo.x"][0] != headroom[0, "attention.wo.x"][0]
+    assert [len(run.actions), run.table("entropy")] == [2, {}]
+
+
+def test_the_worst_of_a_group_is_shown(plot, tmp_path):
+    import numpy as np
+
+    table = plot.load(with_statistics(tmp_path / "run"), "run").table("kurtosis")
+    by_layer = plot._grouped(table, 0, np.fmax)
+    assert list(by_layer) == [0, 1, 2] and by_layer[1][39] == 120
+    assert by_layer[1][6] == 3  # what is not a number hides nothing
+    assert list(plot._grouped(table, 1, np.fmax)) == ["residual", "ffn_act"]  # as data meets them
+
+
+@pytest.mark.filterwarnings("error::UserWarning")  # matplotlib warns where a layout collapses
+def test_the_page_of_a_watched_run(plot, tmp_path):
+    import matplotlib
+
+    out = tmp_path / "run.svg"
+    with matplotlib.rc_context({"svg.fonttype": "none"}):
+        assert plot.main([str(with_statistics(tmp_path / "run")), "--out", str(out)]) == 0
+    text = out.read_text()
+    for expected in (
+        "Predicted risk of divergence", "risk first at 0.5: step 20", "Kurtosis by layer", "Kurtosis by site",
+        "FP8 headroom by layer", "FP8 headroom by tensor", "FFN alignment", "attention logit", "Saturated share",
+        "roll back (loss spike)", "current scaling (fp8 range)", ">kurtosis<", ">ffn_act<", ">layer 2<",
+    ):  # fmt: skip
+        assert expected in text, expected
+    assert "FP8 saturation" not in text  # headroom says it by tensor
+
+
+@pytest.mark.filterwarnings("error::UserWarning")
+def test_a_long_run_of_many_layers_is_drawn_in_seconds(plot, tmp_path):
+    """2000 rows: a heat map's columns are merged, and the worst step of each is kept."""
+    import numpy as np
+
+    folder = tmp_path / "run"
+    folder.mkdir()
+    with (folder / "metrics.jsonl").open("w") as file:
+        for step in range(1, 2001):
+            statistics = {
+                f"layers.{i}.residual": {"kurtosis": 500.0 if step == 1234 else 3.0} for i in range(80)
+            }
+            file.write(
+                json.dumps({"kind": "train", "step": step, "loss": 2.0, "statistics": statistics}) + "\n"
+            )
+    seen = []
+    original = plot._heat
+
+    def look(axis, *arguments, **options):
+        original(axis, *arguments, **options)
+        seen.append(axis.collections[0].get_array())
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plot, "_heat", look)
+        assert plot.main([str(folder), "--out", str(tmp_path / "run.png")]) == 0
+    by_layer = seen[0].reshape(80, -1)
+    assert by_layer.shape[1] == plot.COLUMNS and np.count_nonzero(by_layer == 500) == 80
+
+
 @pytest.mark.filterwarnings("error::UserWarning")  # matplotlib warns where a layout collapses
 def test_a_picture_with_a_panel_per_known_metric(plot, tmp_path):
     """The SVG is told to keep its text, so that panels and names can be read from it."""
