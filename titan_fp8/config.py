@@ -255,6 +255,18 @@ class Prometheus:
     next_free_port: bool = False
     """If the port is taken, use the next free one (and log it) instead of stopping."""
 
+    certfile: str = ""
+    """PEM certificate; with it and keyfile, HTTPS."""
+
+    keyfile: str = ""
+    """PEM key of certfile, without a passphrase."""
+
+    basic_auth_file: str = ""
+    """File of one line NAME:PASSWORD that a scraper must send. Beyond this machine only with HTTPS."""
+
+    textfile: str = ""
+    """Also, or instead, keep this *.prom file up to date, for node_exporter's textfile collector. Removed at the end."""
+
 
 @dataclass
 class JobConfig:

@@ -135,4 +135,5 @@ class Response:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.policy.load_state_dict(json.loads(state["policy"]))
         self.gate.load_state_dict(state["gate"])
+        self.trainer.metrics_processor.actions = self.policy.counts
         self._apply()

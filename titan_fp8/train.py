@@ -101,9 +101,8 @@ class Trainer(titan.Trainer):
         processor = self.metrics_processor
         if dist.get_rank() == 0:  # it reads millions of tokens, and only rank 0 shows it
             processor.unigram_entropy = unigram_entropy(job_config, self.tokenizer)
-        processor.next_command = (
-            f"python tools/plot.py {os.path.normpath(job_config.job.dump_folder)}   (a picture of this run)"
-        )
+        folder = os.path.normpath(job_config.job.dump_folder)
+        processor.next_command = f"python tools/plot_run.py {folder}   (a picture of this run)"
         processor.log_folder = _log_folder(job_config)
         if self.scaling is not None:
             processor.fp8_report = self.scaling.report

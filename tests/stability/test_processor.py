@@ -136,49 +136,40 @@ def test_nan_reaches_every_place(make_processor, clock, tmp_path, scrape):
     processor = make_processor(prometheus=True)
     processor.resume(0)
     processor.fp8_report = lambda: report(a=0.5, b=math.nan, c=1.5)
-    steps(processor, clock, 1, 1, loss=math.nan)
+    steps(processor, clock, 1, 1, loss=math.nan, nonfinite_steps=1)
     (row,) = rows(tmp_path, "train")
     assert row["loss"] is None
     assert row["fp8"] == {"saturated_tensors": 2, "max_saturation": None, "worst": "b"}
     assert row["nonfinite"] == ["loss", "loss_max", "fp8.max_saturation"]
-    samples = scrape(processor.exporter.port)
+    samples = scrape(processor.exporter.endpoint.port)
     assert math.isnan(samples["titan_fp8_loss", ()])
     assert samples["titan_fp8_nonfinite_steps_total", ()] == 1
 
 
-def test_prometheus_sees_what_is_logged(make_processor, clock, scrape):
+def test_prometheus_sees_what_is_logged(make_processor, clock, tmp_path, scrape):
     processor = make_processor(prometheus=True)
     processor.resume(0)
     processor.fp8_report = lambda: report(**{"layers.0.attention.wq.x": 1.5})
     steps(processor, clock, 1, 10, skipped_steps=4, nonfinite_steps=5, loss_scale=1024.0, bits_per_byte=1.1)
     validate(processor, clock, 10, 1.75, bits_per_byte=0.9)
-    samples = scrape(processor.exporter.port)
-    tensor = (("tensor", "layers.0.attention.wq.x"),)
-    assert samples.pop(("titan_fp8_last_log_timestamp_seconds", ())) > 1.7e9
-    expected = {
-        ("titan_fp8_steps_total", ()): 10,
-        ("titan_fp8_tokens_total", ()): 10 * TOKENS,
-        ("titan_fp8_loss", ()): 2.0,
-        ("titan_fp8_loss_max", ()): 2.5,
-        ("titan_fp8_validation_loss", ()): 1.75,
-        ("titan_fp8_bits_per_byte", ()): 1.1,
-        ("titan_fp8_validation_bits_per_byte", ()): 0.9,
-        ("titan_fp8_grad_norm", ()): 1.25,
-        ("titan_fp8_learning_rate", ()): 1e-3,
-        ("titan_fp8_step_seconds", ()): 0.5,
-        ("titan_fp8_tokens_per_second", ()): TOKENS / 0.5,
-        ("titan_fp8_skipped_steps_total", ()): 4,
-        ("titan_fp8_nonfinite_steps_total", ()): 5,
-        ("titan_fp8_loss_scale", ()): 1024,
-        ("titan_fp8_fp8_amax", tensor): 2.0,
-        ("titan_fp8_fp8_scale", tensor): 4.0,
-        ("titan_fp8_fp8_saturation_ratio", tensor): 1.5,
-        ("titan_fp8_fp8_saturated_steps_total", tensor): 3,
-        ("titan_fp8_fp8_nonfinite_steps_total", tensor): 1,
-    }
-    assert {key: samples[key] for key in expected} == pytest.approx(expected)
+    samples = scrape(processor.exporter.endpoint.port)
+    assert samples["titan_fp8_last_step_timestamp_seconds", ()] > 1.7e9
     labels = (("model", "titan_fp8 debug"), ("recipe", "delayed"), ("version", "0.1.0"))
-    assert samples["titan_fp8_run_info", labels] == 1
+    assert samples["titan_fp8_build_info", labels] == 1
+    (_, row), (validation,) = rows(tmp_path, "train"), rows(tmp_path, "validation")
+    expected = {
+        "titan_fp8_steps_total": 10,
+        "titan_fp8_tokens_total": row["tokens"],
+        "titan_fp8_loss": row["loss"],
+        "titan_fp8_validation_loss": validation["validation_loss"],
+        "titan_fp8_learning_rate": row["lr"],
+        "titan_fp8_step_seconds": row["step_seconds"],
+        "titan_fp8_log_interval_seconds": 9 * row["step_seconds"],
+        "titan_fp8_skipped_steps_total": 4,
+        "titan_fp8_nonfinite_steps_total": 5,
+        "titan_fp8_fp8_max_saturation_ratio": 1.5,
+    }
+    assert {name: samples[name, ()] for name in expected} == pytest.approx(expected)
 
 
 def test_close_frees_the_port_and_may_come_twice(make_processor):
@@ -186,11 +177,11 @@ def test_close_frees_the_port_and_may_come_twice(make_processor):
 
     processor = make_processor(prometheus=True)
     processor.resume(0)
-    port = processor.exporter.port
+    port = processor.exporter.endpoint.port
     processor.close()
     processor.close()
-    again = Exporter(port=port)
-    assert again.start() == port
+    again = Exporter({"host": "127.0.0.1", "port": port})
+    assert again.start() == [f"http://127.0.0.1:{port}/metrics"]
     again.close()
 
 
@@ -286,3 +277,19 @@ def test_statistics_reach_row_and_predictor(make_processor, clock, tmp_path):
         table = {"layers.1.ffn_act": {"kurtosis": 4 * 10 ** (step / 40), "amax": 3.0}}
         steps(again, clock, step, step)
     assert again.state_dict() == first.state_dict()
+
+
+def test_actions_reach_the_journal_and_prometheus(make_processor, tmp_path, scrape):
+    """Counts of a loaded checkpoint are there from the start."""
+    from titan_fp8.stability.policy import Action
+
+    processor = make_processor(prometheus=True)
+    processor.actions = {("checkpoint", "predicted"): 2}
+    processor.resume(0)
+    label = ("titan_fp8_actions_total", (("action", "checkpoint"), ("cause", "predicted")))
+    port = processor.exporter.endpoint.port
+    assert scrape(port)[label] == 2
+    action = Action("checkpoint", "predicted", "risk 0.95")
+    processor.act(3, action, {("checkpoint", "predicted"): 3})
+    assert scrape(port)[label] == 3
+    assert [row["why"] for row in rows(tmp_path, "action")] == ["risk 0.95"]

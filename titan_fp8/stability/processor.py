@@ -89,9 +89,9 @@ class TitanMetricsProcessor(MetricsProcessor):
     bits_per_byte, loss_scale, skipped_steps, nonfinite_steps (totals). `log_validation` reads bits_per_byte.
     All of them go to TensorBoard too. `prediction` is that of the last logged row, equal on all ranks, since all see
     equal values; `state_dict` is what the monitor must remember over a restart. `exporter` is None except on rank 0 with
-    `[prometheus] enable`.
+    `[prometheus] enable` or `textfile`.
 
-    Raises UserError where the Prometheus port cannot be used.
+    Raises UserError where Prometheus' port or files cannot be used.
     """
 
     def __init__(self, job_config: JobConfig, parallel_dims: ParallelDims, tag: str | None = None):
@@ -123,11 +123,11 @@ class TitanMetricsProcessor(MetricsProcessor):
         self._window_peaks = (-1.0, -1.0)  # active, reserved GiB before a validation inside the window
         self._aside: tuple[int, float] | None = None  # the window's tokens and seconds, during a validation
 
-        if self._is_writer and ours.prometheus.enable:
-            host = ours.prometheus.host
-            self.exporter = Exporter(host, ours.prometheus.port, ours.prometheus.next_free_port)
-            logger.info(f"Prometheus metrics at http://{host}:{self.exporter.start()}/metrics")
-            self.exporter.set("titan_fp8_run_info", 1, **self._identity)
+        served = vars(ours.prometheus).copy()
+        textfile, enable = served.pop("textfile"), served.pop("enable")
+        if self._is_writer and (enable or textfile):
+            self.exporter = Exporter(served if enable else None, textfile)
+            logger.info(f"Prometheus metrics at {' and '.join(self.exporter.start())}")
 
     def resume(self, step: int) -> None:
         """The next step trained is `step` + 1 (0: a fresh run). Opens metrics.jsonl, less rows beyond."""
@@ -149,7 +149,8 @@ class TitanMetricsProcessor(MetricsProcessor):
         self._journal.write(row)
         self._console = Console(row, self._journal.kept, self.color)
         if self.exporter:
-            self.exporter.set_total("titan_fp8_steps_total", step)
+            self.exporter.update(row)
+            self.exporter.set_actions(self.actions)  # of a checkpoint that was loaded
 
     def should_log(self, step: int) -> bool:
         """As torchtitan (step 1 and every log_freq steps), and the last step."""
@@ -187,7 +188,8 @@ class TitanMetricsProcessor(MetricsProcessor):
             assert self._journal is not None and self._console is not None
             self._journal.write(row)
             self._console.train(row)
-            self._export(row, report)
+            if self.exporter:
+                self.exporter.update(row)
         self._begin_window(step)
 
     def _predict(self, row: dict[str, Any]) -> None:
@@ -217,6 +219,8 @@ class TitanMetricsProcessor(MetricsProcessor):
             assert self._journal is not None, "resume(step) comes before the first action"
             logger.warning(f"Step {step}: {action}")
             self._journal.write(action.row(step))
+            if self.exporter:
+                self.exporter.set_actions(counts)
 
     def roll_back(self, action: Action, since: int) -> None:
         """The run goes back to the action's target, from step `since`, and is measured from there. All ranks call it."""
@@ -262,8 +266,7 @@ class TitanMetricsProcessor(MetricsProcessor):
         self._journal.write(row)
         self._console.validation(row)
         if self.exporter:
-            for key in row.keys() - {"kind", "step"}:
-                self.exporter.set(f"titan_fp8_{key}", row[key])
+            self.exporter.update(row)
 
     def summary(self) -> list[str]:
         """Lines to print on rank 0 at the end: results, where things lie, and what to try next."""
@@ -383,48 +386,6 @@ class TitanMetricsProcessor(MetricsProcessor):
             tags["fp8/saturated_tensors"] = row["fp8"]["saturated_tensors"]
             tags["fp8/max_saturation"] = row["fp8"]["max_saturation"]
         return {tag: value for tag, value in tags.items() if value is not None}
-
-    def _export(self, row: dict[str, Any], report: Report) -> None:
-        """Hand a train row and the FP8 report to Prometheus, as far as known."""
-        if self.exporter is None:
-            return
-        gauges = {
-            "loss": row["loss"],
-            "loss_max": row["loss_max"],
-            "grad_norm": row["grad_norm"],
-            "learning_rate": row["lr"],
-            "step_seconds": row["step_seconds"],
-            "tokens_per_second": row["tokens_per_second"],
-            "data_loading_seconds": row["data_seconds"],
-            "memory_active_peak_bytes": row["memory_active_bytes"],
-            "memory_reserved_peak_bytes": row["memory_reserved_bytes"],
-            "model_flops_utilization_ratio": row["mfu"],
-            "bits_per_byte": row.get("bits_per_byte"),
-            "loss_scale": row.get("loss_scale"),
-            "last_log_timestamp_seconds": time.time(),
-        }
-        totals = {
-            "steps": row["step"],
-            "tokens": row["tokens"],
-            "skipped_steps": row.get("skipped_steps"),
-            "nonfinite_steps": row.get("nonfinite_steps"),
-        }
-        for name, value in gauges.items():
-            if value is not None:
-                self.exporter.set(f"titan_fp8_{name}", value)
-        for name, value in totals.items():
-            if value is not None:
-                self.exporter.set_total(f"titan_fp8_{name}_total", value)
-        if "nonfinite_steps" not in row:
-            # The trainer does not count them: count those that are logged.
-            finite = math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])
-            self.exporter.inc("titan_fp8_nonfinite_steps_total", 0 if finite else 1)
-        for tensor, values in report.items():
-            self.exporter.set("titan_fp8_fp8_amax", values["amax"], tensor=tensor)
-            self.exporter.set("titan_fp8_fp8_scale", values["scale"], tensor=tensor)
-            self.exporter.set("titan_fp8_fp8_saturation_ratio", values["saturation"], tensor=tensor)
-            for key in ("saturated_steps", "nonfinite_steps"):
-                self.exporter.set_total(f"titan_fp8_fp8_{key}_total", values[key], tensor=tensor)
 
 
 def build_metrics_processor(
