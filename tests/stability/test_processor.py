@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import time
 
 import pytest
 
@@ -170,6 +171,21 @@ def test_prometheus_sees_what_is_logged(make_processor, clock, tmp_path, scrape)
         "titan_fp8_fp8_max_saturation_ratio": 1.5,
     }
     assert {name: samples[name, ()] for name in expected} == pytest.approx(expected)
+
+
+def test_a_text_file_alone(make_processor, clock, tmp_path):
+    processor = make_processor(textfile=tmp_path / "run.prom")
+    processor.resume(0)
+    assert processor.exporter.endpoint is None
+    steps(processor, clock, 1, 1)
+    end = time.monotonic() + 10
+    while (
+        not (tmp_path / "run.prom").exists()
+        or "titan_fp8_loss 2.0" not in (tmp_path / "run.prom").read_text()
+    ):
+        assert time.monotonic() < end
+    processor.close()
+    assert not (tmp_path / "run.prom").exists()
 
 
 def test_close_frees_the_port_and_may_come_twice(make_processor):
