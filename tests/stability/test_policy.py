@@ -102,6 +102,14 @@ def test_risk_below_the_threshold_and_cooldown():
     assert policy.counts["checkpoint", "predicted"] == 2
 
 
+def test_what_is_not_finite_is_no_prediction():
+    """The cause `nonfinite` answers it; a checkpoint of such a run helps nobody."""
+    policy = make()
+    told = predicted("layers.1.ffn_act.nonfinite")
+    told = told._replace(cause=told.cause._replace(kind="nonfinite"))
+    assert policy.decide(100, told, Facts(2.0, saturation=SLOTS)) == []
+
+
 def test_warn_says_what_act_would_do_and_off_says_nothing():
     policy = make("warn")
     facts = Facts(2.0, saturation=SLOTS, outliers=1, last_outlier=99, outlier_norm=7.0)

@@ -256,6 +256,8 @@ class Policy:
     def _predicted(self, step: int, prediction: Prediction | None, facts: Facts) -> list[Action]:
         if prediction is None or prediction.cause is None or prediction.risk < self.settings.risk:
             return []
+        if prediction.cause.kind == "nonfinite":  # no prediction but a fact, and the business of `nonfinite`
+            return []
         cause, until = prediction.cause, step + self.settings.answer_steps
         why = f"risk {prediction.risk:.2f}, led by {cause.series} ({cause.kind})"
         actions = self._answer(step, "predicted", Action("checkpoint", "", why))
