@@ -23,7 +23,7 @@ E5M2 = torch.float8_e5m2
 FP8_MAX = {E4M3: 448.0, E5M2: 57344.0}
 
 # Scales stay within the normal float32 numbers whose reciprocals are normal too, since kernels flush subnormals.
-_MIN_SCALE, _MAX_SCALE = 2.0**-126, 2.0**126
+MIN_SCALE, MAX_SCALE = 2.0**-126, 2.0**126
 _EXPONENT_MASK = -(1 << 23)  # 0xff800000 as int32: keeps sign and exponent of a float32
 
 
@@ -59,7 +59,7 @@ def scale_from_amax(
     """
     usable = (amax > 0) & amax.isfinite()
     scale = fp8_max / 2.0**margin / torch.where(usable, amax, 1.0)
-    scale = scale.clamp(_MIN_SCALE, _MAX_SCALE)
+    scale = scale.clamp(MIN_SCALE, MAX_SCALE)
     if power_of_two:
         scale = (scale.view(torch.int32) & _EXPONENT_MASK).view(torch.float32)
     return torch.where(usable, scale, 1.0)

@@ -214,9 +214,14 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """w2(act(w1 x)), or with a gate w2(swish(w1 x) * w3 x)."""
+    """w2(act(w1 x)), or with a gate w2(swish(w1 x) * w3 x).
+
+    Smooth-SwiGLU is SwiGLU to mathematics. What its scales are good for is a cast to FP8: convert puts them in, or sets
+    `by_token` for the form that scales each token here, around a w2 that it has converted.
+    """
 
     tp: Ranks | None = None
+    by_token = False
 
     def __init__(self, args: DecoderArgs):
         super().__init__()
@@ -232,7 +237,7 @@ class FeedForward(nn.Module):
             (h_BSF,) = self.up(x_BSD, self.w1)
             return self.w2(gelu(h_BSF) if self.act is None else self.act(h_BSF))
         gate_BSF, up_BSF = self.up(x_BSD, self.w1, self.w3)
-        if self.activation == "swiglu":
+        if not self.by_token:
             return self.w2(swiglu(gate_BSF, up_BSF))
         z_BSF, inverse_scale_BS1 = smooth_swiglu(gate_BSF, up_BSF, self.tp)
         return self.w2(z_BSF) * own_stretch(inverse_scale_BS1, self.tp)
