@@ -71,7 +71,7 @@ class _Float8FeedForward(torch.autograd.Function):
         s_F, a_F, columns_F = channels or (None, None, None)
         m_w2 = s_w2  # what w2 is multiplied by as it is cast
         if columns_F is not None:
-            s_F = channel_scales(channel_amax(h_MN), 0)
+            s_F = channel_scales(channel_amax(h_MN), columns_F, 0)
             s_z, s_w2 = (
                 torch.ones_like(s_z),
                 scale_from_amax((columns_F / s_F).amax(), FP8_MAX[E4M3], 0, rule.power_of_two),

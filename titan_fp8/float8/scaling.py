@@ -17,13 +17,17 @@ the very first step there is no history, and each other tensor is scaled by its 
 
 Channel scales, for z [M, F] that a weight w [N, F] multiplies: s_i z_i is cast, and w_i / s_i.
 
-    A_i <- max(amax of z_i, A_i / 2^(1 / 128))
-    s_i = the largest power of two with s_i max(A_i, max_j A_j / 2^8) <= 448 / 2^(6 + margin)
+    A_i <- max(amax of z_i, A_i / 2^(1 / 4))        C_i = amax of w_i        P_i = A_i C_i        H = 2^(6 + margin)
+    h_i = H / (P_i / (64 median P)), within 1 and H        D = max_j P_j h_j / H
+    s_i = the largest power of two with s_i max(A_i h_i, H D / (2^12 C_i)) <= 448
 
 A power of two scales exactly, in every format. Within one feature magnitudes differ far less than within a tensor, so E4M3
-has room: with s_i A_i in (3.5, 7] a feature may jump to 64 times its amax before the cast saturates, and what is 2^-8 of its
-amax is still a normal number. The tensor itself then needs no scale: it is 1. The bound by max_j A_j keeps a feature that is
-nearly off from a huge s, in which it would saturate when it wakes, and the columns of w / s within 2^8 of one another.
+has room: with s_i A_i in (3.5, 7] a feature may jump to 64 times its amax before the cast saturates, and what is 2^-8 of
+its amax is still a normal number. The tensor itself then needs no scale: it is 1. P_i is the most that a feature adds to
+the product, and the size of its column of w / s. A feature that adds far more than others has jumped already: it gives up
+its headroom h_i, so that its column does not push theirs out of E4M3. The last bound keeps columns within 2^12 of one
+another, and a feature that is nearly off from a huge s, in which it would saturate as soon as it wakes. Amaxes are soon
+forgotten, for what headroom is there for needs no memory.
 """
 
 from __future__ import annotations
@@ -42,8 +46,9 @@ from titan_fp8.tensor_parallel import Ranks, all_max
 from .formats import E4M3, FP8_MAX, MAX_SCALE, amax, fold_amax, saturating_cast, scale_from_amax, short_name
 
 HEADROOM = 6  # binades between a feature's amax and the largest that its cast holds
-SPREAD = 8  # binades between the largest and the smallest scale of one activation's features
-HALF_LIFE = 128  # steps in which a feature's amax is half forgotten
+SPREAD = 12  # binades between the columns of a weight that is divided by features' scales
+OUTLIER = 64.0  # times the median: what a feature adds to the product if it is one
+HALF_LIFE = 4  # steps in which a feature's amax is half forgotten
 
 
 class CastRule(NamedTuple):
@@ -167,10 +172,19 @@ def folded(scale: Tensor, channels: Tensor) -> Tensor:
     return (scale / channels).clamp(max=MAX_SCALE)
 
 
-def channel_scales(amaxes: Tensor, headroom: int) -> Tensor:
-    """The scales (powers of two, float32) of features with these amaxes; [..., F], one activation's features in a row."""
-    floor = amaxes.amax(-1, keepdim=True) * 2.0**-SPREAD
-    return scale_from_amax(torch.maximum(amaxes, floor), FP8_MAX[E4M3], headroom, power_of_two=True)
+def channel_scales(amaxes: Tensor, columns: Tensor, headroom: int) -> Tensor:
+    """The scales (powers of two, float32) of features with these amaxes, and these of the weight's columns.
+
+    All [..., F], one activation's features in a row.
+    """
+    adds = amaxes * columns
+    usual = OUTLIER * adds.median(-1, keepdim=True).values
+    given_up = torch.where(usual > 0, adds / usual, 1.0).clamp(1.0, 2.0**headroom)
+    most = (adds / given_up).amax(-1, keepdim=True)
+    floor = torch.where(columns > 0, most * 2.0**-SPREAD / columns, 0.0)
+    return scale_from_amax(
+        torch.maximum(amaxes / given_up, floor), FP8_MAX[E4M3], headroom, power_of_two=True
+    )
 
 
 def scale_in_use(x: Tensor, scale: Tensor, dtype: torch.dtype, rule: CastRule) -> Tensor:
@@ -205,8 +219,8 @@ class DelayedScaling(nn.Module):
     """Histories and scales of all N FP8 tensors of a model; a submodule of it, so that checkpoints carry the state.
 
     Buffers (saved): history [H, N] and scale, last_amax, saturation [N] float32; saturated_steps, nonfinite_steps [N] and
-    steps [] int64; channel_amax [L, F] float32, if L activations have channel scales. `saturation` is the last step's amax
-    over the largest magnitude its scale could hold: above 1 it clamped.
+    steps [] int64; channel_amax and channel_scale [L, F] float32, if L activations have channel scales. `saturation` is
+    the last step's amax over the largest magnitude its scale could hold: above 1 it clamped.
     """
 
     history: Tensor
@@ -221,6 +235,7 @@ class DelayedScaling(nn.Module):
     is_weight: Tensor
     weight_index: Tensor
     channel_amax: Tensor
+    channel_scale: Tensor
 
     def __init__(self, slots: Mapping[str, TensorScale], recipe: Recipe):
         super().__init__()
@@ -245,7 +260,8 @@ class DelayedScaling(nn.Module):
         self.folded_slots = tuple(slot for slot in self.slots if isinstance(slot, FoldedScale))
         if self.channel_slots:
             shape = (len(self.channel_slots), self.channel_slots[0].features)
-            self.register_buffer("channel_amax", torch.zeros(shape, dtype=torch.float32))
+            for name in ("channel_amax", "channel_scale"):
+                self.register_buffer(name, torch.zeros(shape, dtype=torch.float32))
             for name in ("channel_index", "folded_index"):
                 self.register_buffer(name, torch.zeros(shape[0], dtype=torch.int64), persistent=False)
         matrices = sum(len(slot.linears) for slot in self.weight_slots)
@@ -264,6 +280,7 @@ class DelayedScaling(nn.Module):
         index = [i for i, slot in enumerate(self.slots) if slot in self.weight_slots for _ in slot.linears]
         self.weight_index.copy_(torch.tensor(index, dtype=torch.int64))
         if self.channel_slots:
+            self.channel_scale.fill_(1.0)
             for buffer, kind in ((self.channel_index, ChannelScale), (self.folded_index, FoldedScale)):
                 buffer.copy_(torch.tensor([i for i, slot in enumerate(self.slots) if isinstance(slot, kind)]))
         self.refresh()
@@ -310,33 +327,30 @@ class DelayedScaling(nn.Module):
             )
         return now, features, columns
 
-    def _channel_scales(self) -> Tensor:
-        """[L, F], in the steps after those whose amaxes channel_amax holds."""
-        return channel_scales(self.channel_amax, HEADROOM + self.recipe.margin)
-
     def _fold(self, now: Tensor, columns: Tensor | None) -> None:
         """Write the amaxes of folded weights, whose `columns` have these, into `now` [N], in place."""
         if columns is None:
             return
-        now.index_copy_(0, self.folded_index, (columns / self._channel_scales()).amax(1))
+        now.index_copy_(0, self.folded_index, (columns / self.channel_scale).amax(1))
         torch._foreach_copy_([slot.column_amax for slot in self.channel_slots], list(columns.unbind()))
 
-    def _take_channels(self, now: Tensor, features: Tensor | None) -> None:
-        """Write the amaxes of what was cast into `now`, in place, and the features' into channel_amax.
+    def _take_channels(self, now: Tensor, features: Tensor | None, columns: Tensor | None) -> None:
+        """Write the amaxes of what was cast into `now`, in place, and the features' into channel_amax; scale them anew.
 
         Those that are not finite show in `now`, and change nothing else."""
-        if features is None:
+        if features is None or columns is None:
             return
-        now.index_copy_(0, self.channel_index, (features * self._channel_scales()).amax(1))
+        now.index_copy_(0, self.channel_index, (features * self.channel_scale).amax(1))
         seen = torch.where(features.isfinite(), features, 0.0)
         self.channel_amax.copy_(torch.maximum(seen, self.channel_amax * 2.0 ** (-1 / HALF_LIFE)))
+        self.channel_scale.copy_(channel_scales(self.channel_amax, columns, HEADROOM + self.recipe.margin))
 
     def _write_slots(self) -> None:
         torch._foreach_copy_([slot.scale for slot in self.slots], list(self.scale.unbind()))
         torch._foreach_zero_([slot.amax for slot in self.slots])
         if self.channel_slots:
-            scales = list(self._channel_scales().unbind())
-            torch._foreach_copy_([slot.channel_scale for slot in self.channel_slots], scales)
+            slots = [slot.channel_scale for slot in self.channel_slots]
+            torch._foreach_copy_(slots, list(self.channel_scale.unbind()))
             torch._foreach_zero_([slot.channel_amax for slot in self.channel_slots])
 
     @torch.no_grad()
@@ -348,7 +362,7 @@ class DelayedScaling(nn.Module):
         and just finite would flush that tensor to zero for `history` steps. No host synchronisation.
         """
         now, features, columns = self._amaxes()
-        self._take_channels(now, features)
+        self._take_channels(now, features, columns)
         self._fold(now, columns)
         finite = now.isfinite()
         self.nonfinite_steps += ~finite
