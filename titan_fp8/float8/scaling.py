@@ -45,7 +45,9 @@ from titan_fp8.tensor_parallel import Ranks, all_max
 
 from .formats import E4M3, FP8_MAX, MAX_SCALE, amax, fold_amax, saturating_cast, scale_from_amax, short_name
 
-HEADROOM = 6  # binades between a feature's amax and the largest that its cast holds
+HEADROOM = (
+    6  # binades between a feature's amax and the largest that its cast holds; up to 8 cost no precision
+)
 SPREAD = 12  # binades between the columns of a weight that is divided by features' scales
 OUTLIER = 64.0  # times the median: what a feature adds to the product if it is one
 HALF_LIFE = 4  # steps in which a feature's amax is half forgotten
