@@ -9,6 +9,7 @@
 #   NNODES          machines; start this on each of them     1
 #   RDZV_ENDPOINT   host:port of one machine                 needed if NNODES > 1; MASTER_ADDR, MASTER_PORT do too
 #   NODE_RANK       0 on the machine of RDZV_ENDPOINT        found by its name if unset
+#   JOIN_TIMEOUT    seconds until all machines are there     600
 #   RDZV_ID         a name that no other job there has       titan_fp8
 #
 # SIGTERM: the run saves a checkpoint after the step under way (on GPUs: after the next one), all machines stop, and this
@@ -44,6 +45,9 @@ node=${NODE_RANK:-0}
 if ! [[ $node =~ ^[0-9]+$ ]] || [ "$node" -ge "$nnodes" ]; then
     fail "NODE_RANK must be a number below NNODES ($nnodes), got $node; machines count from 0"
 fi
+patience=${JOIN_TIMEOUT:-600}
+[[ $patience =~ ^[0-9]+$ ]] && [ "$patience" -ge 10 ] ||
+    fail "JOIN_TIMEOUT must be a number of seconds, at least 10, got $patience; leave it out for 600"
 restarts=${MAX_RESTARTS:-0}
 [[ $restarts =~ ^[0-9]+$ ]] || fail "MAX_RESTARTS must be a number, got $restarts; leave it out for none"
 
@@ -95,8 +99,12 @@ launch+=(--rdzv-id "${RDZV_ID:-titan_fp8}")
 [ "$nnodes" -gt 1 ] || endpoint=localhost:0
 # Not the static rendezvous where NODE_RANK is known: it never learns that a process died on another machine.
 launch+=(--rdzv-backend c10d --rdzv-endpoint "$endpoint")
-if [ -n "${NODE_RANK:-}" ] && [ "$nnodes" -gt 1 ]; then
-    launch+=(--rdzv-conf "is_host=$([ "$node" = 0 ] && echo true || echo false)")
+if [ "$nnodes" -gt 1 ]; then
+    conf=join_timeout=$patience,read_timeout=$patience
+    if [ -n "${NODE_RANK:-}" ]; then
+        conf+=,is_host=$([ "$node" = 0 ] && echo true || echo false)
+    fi
+    launch+=(--rdzv-conf "$conf")
 fi
 if [ "$restarts" -gt 0 ]; then
     # torchrun's own store, which processes use by default, outlives them: after a restart they would read in it the
@@ -122,6 +130,13 @@ notes=$(mktemp -d)
 trap 'rm -rf "$notes"' EXIT
 export TITAN_FP8_ERROR_FILE=$notes/error TITAN_FP8_STOP_FILE=${TITAN_FP8_STOP_FILE:-$notes/stop}
 : >"$TITAN_FP8_ERROR_FILE"
+
+roll_call=""
+if [ "$nnodes" -gt 1 ]; then
+    "$PY" "$root/tools/roll_call.py" "$endpoint" "$nnodes" "${NODE_RANK:-}" "${RDZV_ID:-titan_fp8}" "$patience" \
+        "$TITAN_FP8_ERROR_FILE" >/dev/null 2>&1 &
+    roll_call=$!
+fi
 
 # In the background, so that a signal reaches us at once; torchrun then stops its processes.
 "$PY" "${launch[@]}" "${given[@]}" <&0 &
@@ -151,6 +166,7 @@ while kill -0 "$child" 2>/dev/null; do # a signal ended only the wait
     status=$?
 done
 trap - INT TERM HUP
+[ -z "$roll_call" ] || kill "$roll_call" 2>/dev/null
 
 if [ -s "$TITAN_FP8_STOP_FILE" ]; then
     head -n 1 "$TITAN_FP8_STOP_FILE" >&2

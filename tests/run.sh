@@ -9,6 +9,19 @@ cd "$root" || exit 1
 unset CI BUILD_NUMBER # pytest then shortens its output as it does for a person
 
 failed=()
+skipped=""
+# The monitoring files are tested with the real programs; without them those tests are skipped.
+if ! { command -v promtool && command -v prometheus && command -v prometheus-alertmanager; } >/dev/null; then
+    if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+        printf 'Installing prometheus and prometheus-alertmanager ...\n'
+        export DEBIAN_FRONTEND=noninteractive
+        apt-get update -qq >/dev/null 2>&1
+        apt-get install -y -qq --no-install-recommends prometheus prometheus-alertmanager >/dev/null 2>&1
+    fi
+    command -v promtool >/dev/null ||
+        skipped="tests/monitoring with Prometheus and Alertmanager: not installed (apt-get install prometheus prometheus-alertmanager)"
+fi
+
 check() {
     local name=$1
     shift
@@ -25,3 +38,4 @@ if [ "${#failed[@]}" -gt 0 ]; then
     exit 1
 fi
 printf '\nAll checks passed.\n'
+[ -z "$skipped" ] || printf 'SKIPPED: %s\n' "$skipped"

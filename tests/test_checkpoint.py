@@ -321,6 +321,43 @@ def test_purge_keeps_the_newest_complete_ones(tmp_path, place, mode):
     assert sorted(os.listdir(place)) == ["step-1-notes", "step-3", "step-4", "step-90"]
 
 
+def test_what_is_held_is_not_purged(tmp_path, place):
+    run = Run(tmp_path, keep_latest_k=2).train(2)
+    run.manager.held = 1
+    run.train(2)
+    assert complete_steps(place) == [1, 3, 4]
+    run.manager.held = None
+    run.train().manager.close()
+    assert complete_steps(place) == [4, 5]
+
+
+def test_a_requested_checkpoint_is_the_next_save_whatever_the_interval(tmp_path, place):
+    run = Run(tmp_path, interval=10).train(2)
+    run.manager.request()
+    run.train(3)
+    assert complete_steps(place) == [3]
+    none = Run(tmp_path / "none", enable=False)
+    none.manager.request()
+    none.train()
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("mode", ["disabled", "async"])
+def test_roll_back_loads_all_and_leaves_nothing_later(tmp_path, place, mode):
+    run = Run(tmp_path, async_mode=mode).train(2)
+    then = run.state()
+    run.train(2)
+    assert not same(run.state(), then)
+    run.manager.roll_back(2)
+    assert same(run.state(), then) and run.counter.step == 2
+    assert sorted(os.listdir(place)) == ["step-1", "step-2"]
+    assert run.manager.save_now(2)  # although step 2 was saved before: the run may have changed what it holds
+    run.train()
+    run.manager.close()
+    assert complete_steps(place) == [1, 2, 3]
+    refusal(lambda: Run(tmp_path).manager.roll_back(7), "step must be a complete checkpoint", "7")
+
+
 def test_failed_saves_do_not_purge(tmp_path, place, monkeypatch):
     run = Run(tmp_path, keep_latest_k=2).train(2)
 

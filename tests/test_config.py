@@ -292,6 +292,17 @@ def test_broken_combination_names_both_sources():
         ("--quantize.linear.float8.emulate", "[quantize.linear.float8] emulate has no effect here"),
         ("--job.custom_config_module=mine", "[job] custom_config_module must be"),
         ("--experimental.custom_args_module=mine", "[experimental] custom_args_module is not read"),
+        (
+            "--stability.loss_spike=act --checkpoint.no-enable",
+            '[stability] loss_spike must be "off" or "warn" in a run that writes no checkpoints, got "act"',
+        ),
+        (
+            "--stability.loss_spike=act --checkpoint.enable --checkpoint.interval=5 --metrics.log_freq=20 "
+            "--checkpoint.keep_latest_k=4",
+            "must let a checkpoint live for 20 steps (metrics.log_freq, a spike is seen so late), or be 0, got 4: write 5",
+        ),
+        ("--stability.fp8_range=act --fp8.recipe=bf16", '[stability] fp8_range "act" needs [fp8] recipe "delayed"'),
+        ("--stability.attention=act --fp8.attention=off", '[stability] attention "act" needs FP8 attention'),
         ("--fp8.attention=forward --fp8.recipe=tensorwise", '[fp8] attention needs recipe "delayed"'),
         (
             "--fp8.attention=forward --fp8.attention_forward=triton",
@@ -365,6 +376,10 @@ def test_neighbours_of_broken_combinations_pass(flags):
         ("fp8.loss_scale.growth_factor", 1.5, 1.0),
         ("fp8.loss_scale.backoff_factor", 0.5, 1.0),
         ("data.held_out", 0.5, 0.51),
+        ("stability.risk", 1.0, 0.0),
+        ("stability.sigma", 3.5, 0.0),
+        ("stability.max_rollbacks", 0, -1),
+        ("stability.answer_steps", 1, 0),
         ("prometheus.port", 65535, 65536),
         ("checkpoint.load_step", -1, -2),
         ("training.global_batch_size", -1, 0),

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from itertools import product
@@ -88,8 +89,11 @@ def test_every_pair_of_choices_meets():
     assert pairs(EVERYDAY) == pairs(ALL)
 
 
-def run(folder: Path, processes: int, cases: dict[str, list[str]]) -> None:
+def run(folder: Path, processes: int, cases: dict[str, list[str]], start: Path | None = None) -> None:
+    """Train `cases`, each in its own folder below `folder`; what `start` holds for a case lies in that folder before."""
     folder.mkdir()
+    for case in cases if start else ():
+        shutil.copytree(start / case, folder / case)
     (folder / "cases.json").write_text(json.dumps(cases))
     worker = str(Path(__file__).with_name("layout_ranks.py"))
     done = subprocess.run(
@@ -108,10 +112,8 @@ def curve(folder: Path) -> list[tuple[float, float]]:
     return [(row["loss"], row["grad_norm"]) for row in rows if row["kind"] == "train"]
 
 
-@pytest.fixture(scope="module")
-def curves(tmp_path_factory) -> dict[tuple[str, ...], list[tuple[float, float]]]:
-    """Case -> (loss, gradient norm) of every step; (recipe,) -> the same of one process."""
-    base = tmp_path_factory.mktemp("layouts")
+def common_flags(base: Path) -> list[str]:
+    """What all cases share; writes their text into `base`."""
     text = base / "text"
     text.mkdir()
     for i in range(30):
@@ -124,7 +126,14 @@ def curves(tmp_path_factory) -> dict[tuple[str, ...], list[tuple[float, float]]]
         "data.held_out": 0.1, "metrics.log_freq": 1, "prometheus.enable": "false", "metrics.enable_tensorboard": "false",
         "checkpoint.enable": "false", "fp8.amax_history": 4,
     }  # fmt: skip
-    flags = [f"--{key}={value}" for key, value in common.items()]
+    return [f"--{key}={value}" for key, value in common.items()]
+
+
+@pytest.fixture(scope="module")
+def curves(tmp_path_factory) -> dict[tuple[str, ...], list[tuple[float, float]]]:
+    """Case -> (loss, gradient norm) of every step; (recipe,) -> the same of one process."""
+    base = tmp_path_factory.mktemp("layouts")
+    flags = common_flags(base)
     whole = [f"--training.local_batch_size={SEQUENCES}"]
     launches: dict[int, dict[tuple[str, ...], list[str]]] = {
         1: {(recipe,): flags + whole + RECIPES[recipe] for recipe in RECIPES}

@@ -282,6 +282,36 @@ def test_a_gradient_that_is_missing_stops_one_parameter_only():
     assert same(everything(optimizer)[1:4], everything(other)[1:4]) and not torch.equal(ours[0], theirs[0])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_amaxes_are_those_of_the_parameters_as_stored(dtype, device):
+    """0 in a step that is skipped; nothing for a parameter without a gradient, or one that is scaled anew."""
+    ours = [nn.Parameter(p.detach().to(dtype).to(device)) for p in parameters()]
+    for p in ours:
+        p.grad_dtype = None
+    optimizer = Fp8AdamW(ours, lr=0.1, block_size=32, half_master=True)
+    assert optimizer.amaxes == {}
+    for step, found_inf in enumerate((0.0, 1.0, 0.0)):
+        for p in ours:
+            p.grad = torch.randn(p.shape, device=device).to(
+                torch.float32 if dtype == torch.float32 else torch.bfloat16
+            )
+        if step == 2:
+            ours[1].grad = None
+        optimizer.found_inf = torch.tensor(found_inf, device=device)
+        optimizer.step()
+        got = [float(optimizer.amaxes[p]) for p in ours if p in optimizer.amaxes]
+        assert got == [
+            0.0 if found_inf else float(p.detach().abs().max()) for p in ours if p.grad is not None
+        ]
+    if dtype == torch.float16:
+        optimizer.scale_master(ours[0], 2.0)
+        assert ours[0] not in optimizer.amaxes
+    ours[2].grad[3] = torch.nan
+    optimizer.step()
+    assert optimizer.amaxes[ours[2]].isnan()
+
+
 @pytest.mark.parametrize(
     "settings", [{}, {"block_size": 0}, {"round_moments": "stochastic", "round_parameters": "stochastic"}]
 )

@@ -12,6 +12,7 @@ import torch
 
 from titan_fp8.config import load_config
 from titan_fp8.errors import UserError
+from titan_fp8.stability.predictor import series_of
 from titan_fp8.train import Trainer
 
 pytestmark = pytest.mark.usefixtures("gloo")
@@ -234,3 +235,53 @@ def test_a_vocabulary_smaller_than_the_tokenisers_is_refused(make):
 def test_a_sequence_longer_than_the_models_is_refused(make):
     with pytest.raises(UserError, match=r"seq_len must not exceed .* got 4096 .*maximum 2048"):
         make("--training.seq_len=4096")
+
+
+@pytest.mark.parametrize("recipe", ["bf16", "tensorwise", "delayed"])
+def test_logged_steps_have_statistics_and_a_risk(make, tmp_path, recipe):
+    """Steps 1, 3, 6, 8 are logged; every site is there in each recipe, FP8 tensors where scaling is delayed."""
+    attention = "full" if recipe == "delayed" else "off"
+    make(f"--fp8.recipe={recipe}", f"--fp8.attention={attention}", "--metrics.log_freq=3").train()
+    found = rows(tmp_path)
+    assert list(found) == [1, 3, 6, 8]
+    for row in found.values():
+        for site in ("residual", "qkv_in", "q", "k", "v", "attention_out", "ffn_up", "ffn_act", "ffn_out"):
+            assert row["statistics"][f"layers.1.{site}"].keys() == {"mean", "rms", "kurtosis", "amax"}
+        assert row["statistics"]["layers.0.attention"].keys() == {"logit_max", "entropy"}
+        assert row["statistics"]["tok_embeddings"].keys() == {"weight_rms", "update_rms"}
+        assert ("layers.0.attention.wqkv.dy" in row["statistics"]) == (recipe == "delayed")
+        assert 0 <= row["risk"] <= 1 and {"cause", "cause_kind", "steps_to_saturation"} <= row.keys()
+    series = series_of(found[8])
+    assert "layers.1.ffn_act.kurtosis" in series and not any(name.startswith("statistics") for name in series)
+
+
+def test_statistics_can_be_switched_off(make, tmp_path):
+    make("--stability.no-statistics", "--training.steps=2").train()
+    assert all("statistics" not in row and "risk" in row for row in rows(tmp_path).values())
+
+
+def test_the_monitor_resumes_where_it_was(make, tmp_path):
+    """Statistics, risk and the predictor's state of a run that was interrupted after step 4, bit for bit."""
+    folders = [tmp_path / name for name in ("whole", "halves")]
+    flags = ["--lr_scheduler.total_steps=8", "--metrics.log_freq=2"]
+    whole = make(*flags, f"--job.dump_folder={folders[0]}")
+    whole.train()
+    make(*flags, f"--job.dump_folder={folders[1]}", "--training.steps=4").train()
+    again = make(*flags, f"--job.dump_folder={folders[1]}")
+    assert again.metrics_processor.predictor.state_dict()["series"] == []
+    again.train()
+    keys = ("statistics", "risk", "cause", "cause_kind", "steps_to_saturation", "loss")
+    told = [{step: [row[key] for key in keys] for step, row in rows(folder).items()} for folder in folders]
+    assert told[0] == told[1] and list(told[0]) == [1, 2, 4, 6, 8]
+    assert whole.metrics_processor.state_dict() == again.metrics_processor.state_dict()
+
+
+def test_a_checkpoint_without_a_monitor_loads(make, tmp_path):
+    """As earlier versions wrote it: the predictor starts afresh."""
+    first = make("--training.steps=4")
+    first.monitor_saved = False
+    first.train()
+    second = make()
+    second.train()
+    assert list(rows(tmp_path)) == list(range(1, 9))
+    assert second.metrics_processor.predictor.state_dict()["step"] == 8

@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from torch.distributed.checkpoint.state_dict_saver import AsyncSaveResponse
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
-from torchtitan.components.checkpoint import MODEL, AsyncMode, CheckpointManager
+from torchtitan.components.checkpoint import DATALOADER, MODEL, AsyncMode, CheckpointManager
 from torchtitan.tools.logging import logger
 
 from titan_fp8 import checkpoint_folder as folders
@@ -63,7 +63,8 @@ class SafeCheckpointManager(CheckpointManager):
         # or is written (other ranks). Set first: close() runs even if the base class's constructor fails.
         self._pending: tuple[int, Future[None]] | None = None
         self._last_saved = -1
-        self._forced = False  # by save_now
+        self._forced = False  # by save_now or request, until the next save
+        self.held: int | None = None  # rank 0: this step's checkpoint is not purged
         super().__init__(*args, **kwargs)
         if self.enable and not self.load_only:
             self._together(
@@ -86,6 +87,37 @@ class SafeCheckpointManager(CheckpointManager):
         self._async_wait()
         return True
 
+    def request(self) -> None:
+        """Let the next call of `save` write a checkpoint, whatever the interval. Every rank calls it, or none."""
+        self._forced = self.enable and not self.load_only
+
+    def roll_back(self, step: int) -> None:
+        """In the middle of a run, go back to the complete checkpoint `step`: later ones are removed, and all of it is loaded
+        but the data's position, which stays where the run is. Collective.
+
+        Raises UserError as `load` does, or if later checkpoints cannot be removed.
+        """
+        self._async_wait()
+        self._forced = False
+        self._together(
+            lambda: self._remove_beyond(step), only_rank0=True, doing=f"remove what is later than step-{step}"
+        )
+        excluded, self.exclude_from_loading = self.exclude_from_loading, [DATALOADER]
+        try:
+            self.load(step)
+        finally:
+            self.exclude_from_loading = excluded
+        self._last_saved = -1  # what is saved next differs from what was loaded: the data are elsewhere
+
+    def _remove_beyond(self, step: int) -> None:
+        # Newest first: killed in between, a restart finds no checkpoint that is later than one removed.
+        for later in reversed(folders.complete_steps(self.folder)):
+            if later > step:
+                stale = self._path(folders.STALE, later)
+                shutil.rmtree(stale, ignore_errors=True)
+                self._path(folders.STEP, later).rename(stale)
+                shutil.rmtree(stale)
+
     def _should_save(self, curr_step: int, last_step: bool = False) -> bool:
         return self._forced or super()._should_save(curr_step, last_step)
 
@@ -103,6 +135,7 @@ class SafeCheckpointManager(CheckpointManager):
         Hugging Face exports leave out the FP8 scaling state, which means nothing to other programs.
         Raises UserError if a file cannot be written: the partial copy is removed, earlier checkpoints stay.
         """
+        self._forced = False
         step = int(checkpoint_id.rpartition("-")[2])
         partial = self._path(folders.PARTIAL, step)
         self._together(lambda: folders.make_empty(partial), only_rank0=True, doing=f"save step-{step}")
@@ -206,10 +239,12 @@ class SafeCheckpointManager(CheckpointManager):
         """torchtitan's moment to purge; ours comes in `_publish`, when the new checkpoint is safe."""
 
     def _purge(self) -> None:
-        """Rank 0: hand all but the newest keep_latest_k complete checkpoints to the purge thread."""
+        """Rank 0: hand all but the newest keep_latest_k complete checkpoints, and `held`, to the purge thread."""
         if self.keep_latest_k == 0:
             return
         for step in folders.complete_steps(self.folder)[: -self.keep_latest_k]:
+            if step == self.held:
+                continue
             stale = self._path(folders.STALE, step)
             try:
                 # Renamed first: a half-deleted folder must not look like a checkpoint.

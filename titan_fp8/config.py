@@ -189,10 +189,57 @@ class Data:
 
 @dataclass
 class Stability:
-    """What to do about a step whose loss or gradients are not finite."""
+    """What is watched, and what to do about steps that go wrong and about predicted divergence. For each cause: "off",
+    "warn" (a line and an "action" row, nothing done) or "act". Decided at logged steps; the gradient's norm alone is
+    judged at every step, on the device."""
+
+    statistics: bool = True
+    """In logged steps, look at activations, gradients, FP8 tensors and weights: what foretells divergence."""
 
     skip_nonfinite_steps: int = 0
-    """Skip up to this many bad steps in a row (weights and optimizer untouched) before stopping the run."""
+    """Skip up to this many bad steps in a row (weights and optimizer untouched) before stopping the run, or rolling back."""
+
+    nonfinite: Literal["off", "warn", "act"] = "warn"
+    """More of them in a row. act: roll back (see loss_spike) while max_rollbacks allow; otherwise the run stops."""
+
+    gradient_outlier: Literal["off", "warn", "act"] = "warn"
+    """A gradient norm beyond sigma. act: skip that step, weights and optimizer untouched; costs its batch."""
+
+    loss_spike: Literal["off", "warn", "act"] = "warn"
+    """A loss beyond sigma in spike_rows logged steps. act: roll back, go on after its data; costs the steps since."""
+
+    predicted: Literal["off", "warn", "act"] = "warn"
+    """A predicted risk of divergence. act: write a checkpoint now; costs the time of one."""
+
+    fp8_range: Literal["off", "warn", "act"] = "warn"
+    """A risk led by an FP8 tensor's range. act: scale it by its own amax for answer_steps; all casts then read twice."""
+
+    attention: Literal["off", "warn", "act"] = "warn"
+    """A risk led by attention's logits. act: attention of all layers in 16 bits for answer_steps, at that speed."""
+
+    risk: float = 0.9
+    """The least risk, of 0 to 1, that counts. It is not calibrated: see stability/predictor.py."""
+
+    answer_steps: int = 200
+    """How long current scaling and attention in 16 bits last; they end at the first logged step after."""
+
+    cooldown_steps: int = 200
+    """Steps between two answers, or warnings, to the same cause; skipped steps and roll-backs do not wait."""
+
+    sigma: float = 6.0
+    """Standard deviations of ln(loss) or ln(norm) above its running mean that are too many."""
+
+    warmup_steps: int = 100
+    """Steps before losses and norms are judged: until then they fall too fast to have a spread."""
+
+    spike_rows: int = 3
+    """Logged steps in a row that make a spike; more: later and surer. A loss that recovers by itself costs nothing."""
+
+    max_skips_in_a_row: int = 3
+    """Steps in a row that gradient_outlier may skip; the next is taken, so a norm that stays high is accepted in time."""
+
+    max_rollbacks: int = 2
+    """In the whole run. Then a spike is only warned of, and non-finite steps stop the run."""
 
 
 @dataclass
@@ -210,6 +257,18 @@ class Prometheus:
 
     next_free_port: bool = False
     """If the port is taken, use the next free one (and log it) instead of stopping."""
+
+    certfile: str = ""
+    """PEM certificate; with it and keyfile, HTTPS."""
+
+    keyfile: str = ""
+    """PEM key of certfile, without a passphrase."""
+
+    basic_auth_file: str = ""
+    """File of one line NAME:PASSWORD that a scraper must send. Beyond this machine only with HTTPS."""
+
+    textfile: str = ""
+    """Also, or instead, keep this *.prom file up to date, for node_exporter's textfile collector. Removed at the end."""
 
 
 @dataclass
@@ -444,20 +503,23 @@ _RANGES = {
         parallelism.data_parallel_replicate_degree parallelism.tensor_parallel_degree
         parallelism.pipeline_parallel_degree parallelism.context_parallel_degree
         parallelism.expert_parallel_degree parallelism.expert_tensor_parallel_degree
-        fp8.amax_history fp8.loss_scale.growth_interval""",
+        fp8.amax_history fp8.loss_scale.growth_interval
+        stability.answer_steps stability.spike_rows stability.max_skips_in_a_row""",
     "-1 or at least 1": "training.global_batch_size validation.steps parallelism.data_parallel_shard_degree",
     "-1 or at least 0": "checkpoint.load_step",
     "at least 0": """
         lr_scheduler.warmup_steps optimizer.weight_decay checkpoint.keep_latest_k profiling.profiler_warmup
-        training.dataloader.num_workers validation.dataloader.num_workers stability.skip_nonfinite_steps""",
+        training.dataloader.num_workers validation.dataloader.num_workers stability.skip_nonfinite_steps
+        stability.cooldown_steps stability.warmup_steps stability.max_rollbacks""",
     "above 0": """
         optimizer.lr optimizer.eps training.max_norm
-        fp8.loss_scale.init fp8.loss_scale.min fp8.loss_scale.max""",
+        stability.sigma fp8.loss_scale.init fp8.loss_scale.min fp8.loss_scale.max""",
     "above 1": "fp8.loss_scale.growth_factor",
     "above 0 and below 1": "fp8.loss_scale.backoff_factor",
     "at least 0 and below 1": "optimizer.beta1 optimizer.beta2",
     "at least 0 and at most 1": """
         lr_scheduler.decay_ratio lr_scheduler.min_lr_factor activation_checkpoint.memory_budget""",
+    "above 0 and at most 1": "stability.risk",
     "at least 0 and at most 0.5": "data.held_out",
     "at least 0 and at most 8": "fp8.margin",
     "at least 0 and at most 8192": "optimizer.fp8.block_size",
@@ -705,6 +767,7 @@ def _broken_rules(c: Any) -> Iterator[tuple[str, str, str]]:
         rule = f"must not exceed [training] seq_len ({training.seq_len})"
         yield "validation.seq_len", rule, "shorten it"
 
+    yield from _unanswerable(c)
     checkpoint, profiling = c.checkpoint, c.profiling
     if checkpoint.keep_latest_k == 1:
         rule = "must be 0 (keep all) or at least 2: the newest may still be in the writing"
@@ -715,6 +778,25 @@ def _broken_rules(c: Any) -> Iterator[tuple[str, str, str]]:
     if profiling.profiler_warmup + profiling.profiler_active > profiling.profile_freq:
         rule = "must be at least profiler_warmup + profiler_active"
         yield "profiling.profile_freq", rule, f"write {profiling.profiler_warmup + profiling.profiler_active}"
+
+
+def _unanswerable(c: Any) -> Iterator[tuple[str, str, str]]:
+    """Causes of [stability] that are to be acted upon, where the action cannot be."""
+    saves = c.checkpoint.enable and not c.checkpoint.load_only
+    for name in ("predicted", "loss_spike", "nonfinite"):
+        if getattr(c.stability, name) == "act" and not saves:
+            rule = 'must be "off" or "warn" in a run that writes no checkpoints'
+            yield f"stability.{name}", rule, "set [checkpoint] enable = true"
+    if c.stability.fp8_range == "act" and c.fp8.recipe != "delayed":
+        rule = f'"act" needs [fp8] recipe "delayed", not "{c.fp8.recipe}"'
+        yield "stability.fp8_range", rule, 'write "warn"'
+    if c.stability.attention == "act" and c.fp8.attention == "off":
+        rule = '"act" needs FP8 attention, and [fp8] attention is "off"'
+        yield "stability.attention", rule, 'write "warn"'
+    kept, every = c.checkpoint.keep_latest_k, c.metrics.log_freq
+    if c.stability.loss_spike == "act" and kept and (kept - 1) * c.checkpoint.interval < every:
+        rule = f"must let a checkpoint live for {every} steps (metrics.log_freq, a spike is seen so late), or be 0"
+        yield "checkpoint.keep_latest_k", rule, f"write {-(-every // c.checkpoint.interval) + 1}"
 
 
 def _unfit_for_tensor_parallel(c: Any) -> Iterator[tuple[str, str, str]]:

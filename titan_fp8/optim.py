@@ -54,6 +54,9 @@ class Fp8AdamW(torch.optim.Optimizer):
     As with torch's fused AdamW, gradients are divided by the attribute `grad_scale` and nothing changes, the step counts
     included, where `found_inf` is 1; both are 0-dim float32 tensors on the parameters' device, or None.
 
+    The attribute `amaxes` has, after a step, the amax of this rank's part of every parameter that had a gradient, as it is
+    now stored (0-dim float32); 0 where `found_inf` kept the parameter as it was. A step overwrites it.
+
     Args:
         params, lr (float or 0-dim tensor), betas, eps, weight_decay (decoupled): as in torch.optim.AdamW.
         first_moment, second_moment: "e4m3", "e5m2", "bf16" or "fp32".
@@ -112,6 +115,7 @@ class Fp8AdamW(torch.optim.Optimizer):
         self.seed = seed
         self.grad_scale: Tensor | None = None
         self.found_inf: Tensor | None = None
+        self.amaxes: dict[Tensor, Tensor] = {}
         self._plans: dict[int, _Plan] = {}
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
@@ -172,6 +176,7 @@ class Fp8AdamW(torch.optim.Optimizer):
         state = self.state[p]
         _local(p).mul_(scale / float(state["master_scale"]))
         state["master_scale"].fill_(scale)
+        self.amaxes.pop(p, None)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -179,6 +184,7 @@ class Fp8AdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self.amaxes.clear()
         for index, group in enumerate(self.param_groups):
             grads = [_gradient(p) for p in group["params"]]
             if any(grad is not None for grad in grads):
@@ -199,19 +205,23 @@ class Fp8AdamW(torch.optim.Optimizer):
         if not plan.rule.block:
             plan.amaxes.zero_()
             for launch in launches:
-                launch(given, table, inverse, found_inf, plan.amaxes, only_amax=True)
+                launch(given, table, inverse, found_inf, plan.amaxes, plan.p_amaxes, only_amax=True)
             if not cuda:
                 _reference_amaxes(plan, grads, inverse)
             plan.reduce_amaxes()
+        plan.p_amaxes.zero_()
         for launch in launches:
-            launch(given, table, inverse, found_inf, plan.amaxes)
+            launch(given, table, inverse, found_inf, plan.amaxes, plan.p_amaxes)
         if not cuda and not found_inf:
             _reference_step(plan, grads, table, inverse)
         if not plan.rule.block:
-            amaxes = plan.amaxes.view(torch.float32).unbind(1)
+            pairs = plan.amaxes.view(torch.float32).unbind(1)
             largest = (FP8_MAX.get(dtype, 1.0) for dtype in self.formats.values())
-            new = torch.stack([scale_from_amax(*pair) for pair in zip(amaxes, largest, strict=True)], 1)
+            new = torch.stack([scale_from_amax(*pair) for pair in zip(pairs, largest, strict=True)], 1)
             plan.scales.copy_(torch.where(acts[:, None], new, plan.scales))
+        amaxes = plan.p_amaxes.view(torch.float32).unbind()
+        triples = zip(group["params"], grads, amaxes, strict=True)
+        self.amaxes.update((p, amax) for p, grad, amax in triples if grad is not None)
 
     def _plan(self, index: int, group: dict[str, Any], grads: list[Tensor | None]) -> _Plan:
         """The group's tables; made anew if a parameter has moved, or betas, eps or weight decay have changed."""
@@ -273,6 +283,7 @@ class _Plan:
         self.steps = _table(states, "step", device)
         self.masters = _table(states, "master_scale", device)
         self.amaxes = torch.zeros((len(params), 2), dtype=torch.int32, device=device)
+        self.p_amaxes = torch.zeros(len(params), dtype=torch.int32, device=device)
         if rule.block == 0:
             self.scales = torch.stack([_table(states, f"{name}_scale", device) for name in MOMENTS], 1)
             for row, state in zip(self.scales, states, strict=True):
@@ -328,6 +339,7 @@ def _reference_step(plan: _Plan, grads: list[Tensor | None], table: Tensor, inve
     for i, (slot, grad) in enumerate(zip(plan.slots, grads, strict=True)):
         if grad is not None and grad.numel():
             adam.reference(slot, grad, table[i], inverse, plan.rule, None if amaxes is None else amaxes[i])
+            plan.p_amaxes.view(torch.float32)[i] = slot.p.abs().amax()
 
 
 def _local(tensor: Tensor) -> Tensor:

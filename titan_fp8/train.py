@@ -4,7 +4,9 @@
 
     forward, backward (loss * loss scale)  ->  norms of all gradients  ->  the optimizer unscales and clips
     norm not finite?  the optimizer's step is a no-op on the device, the loss scale backs off, the watch remembers
-    FP8 scales for the next step (the converter's hook)  ->  at log steps and before checkpoints the host looks
+    norm far beyond the others?  a no-op too, if [stability] gradient_outlier says so (stability/gate.py)
+    FP8 scales for the next step (the converter's hook)  ->  at log steps and before checkpoints the host looks, and the
+    policy decides (respond.py)
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import logging
 import math
 import os
 import sys
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +40,8 @@ from titan_fp8.errors import UserError  # noqa: E402
 from titan_fp8.float8.convert import scaling_state  # noqa: E402
 from titan_fp8.float8.loss_scale import LossScaler  # noqa: E402
 from titan_fp8.interrupt import StopRequest, die_with_launcher  # noqa: E402
-from titan_fp8.stability.statistics import FiniteWatch  # noqa: E402
+from titan_fp8.respond import Response  # noqa: E402
+from titan_fp8.stability.statistics import FiniteWatch, Statistics, plain  # noqa: E402
 
 
 class Trainer(titan.Trainer):
@@ -47,6 +51,9 @@ class Trainer(titan.Trainer):
         super().__init__(job_config)
         (self.model,) = self.model_parts
         self.scaling = scaling_state(self.model)
+        if self.scaling is not None:
+            (optimizer,) = self.optimizers  # of the one model part; torch's AdamW takes no amaxes
+            self.scaling.stepped = getattr(optimizer, "amaxes", {})
         self.loss_scaler = LossScaler(job_config.fp8.loss_scale, self.device)
         dims = self.parallel_dims
         if dims.tp_enabled and not dims.fsdp_enabled:  # torchtitan 0.2.2 would train in float32
@@ -55,7 +62,7 @@ class Trainer(titan.Trainer):
             if job_config.validation.enable:
                 self.validator.amp = self.maybe_enable_amp
             logger.info(f"Mixed precision training is handled by AMP after all, in {dtype}")
-        self.parameters = {_plain(name): p for name, p in self.model.named_parameters()}
+        self.parameters = {plain(name): p for name, p in self.model.named_parameters()}
         blocks = {
             f"layers.{name}": block for name, block in self.model.get_submodule("layers").named_children()
         }
@@ -66,9 +73,19 @@ class Trainer(titan.Trainer):
         )
         self.watch = FiniteWatch(blocks, list(self.parameters), self.device)
         self.token_bytes = torch.from_numpy(self.tokenizer.token_byte_lengths())  # stays on CPU, as labels do
+        self.statistics: Statistics | None = None
+        if job_config.stability.statistics:
+            tp = dims.get_mesh("tp").get_group() if dims.tp_enabled else None
+            batch = job_config.training.local_batch_size
+            self.statistics = Statistics(
+                self.model, self.model.observer, batch, tp, self.scaling, self.device
+            )
+        self.monitor_saved = True  # in the checkpoint that is about to be loaded
         self.started = False  # has this process trained a step
+        self.first_step = 0  # of this process
         self.stop_request = StopRequest(self.device)
         self.stopped = False  # as asked, before the last step
+        self.response = Response(self)
 
         self.checkpointer.close()
         self.checkpointer = SafeCheckpointManager(
@@ -76,7 +93,7 @@ class Trainer(titan.Trainer):
             model_parts=self.model_parts,
             optimizers=self.optimizers,
             lr_schedulers=self.lr_schedulers,
-            states={"train_state": self},
+            states={"train_state": self, "policy": self.response},
             checkpoint_config=job_config.checkpoint,
             sd_adapter=self.train_spec.state_dict_adapter(self.model_args, job_config.model.hf_assets_path),
             base_folder=job_config.job.dump_folder,
@@ -84,12 +101,13 @@ class Trainer(titan.Trainer):
         processor = self.metrics_processor
         if dist.get_rank() == 0:  # it reads millions of tokens, and only rank 0 shows it
             processor.unigram_entropy = unigram_entropy(job_config, self.tokenizer)
-        processor.next_command = (
-            f"python tools/plot.py {os.path.normpath(job_config.job.dump_folder)}   (a picture of this run)"
-        )
+        folder = os.path.normpath(job_config.job.dump_folder)
+        processor.next_command = f"python tools/plot_run.py {folder}   (a picture of this run)"
         processor.log_folder = _log_folder(job_config)
         if self.scaling is not None:
             processor.fp8_report = self.scaling.report
+        if self.statistics is not None:
+            processor.statistics = self.statistics.collect
 
     def init_distributed(self) -> Any:
         dims = super().init_distributed()
@@ -114,6 +132,7 @@ class Trainer(titan.Trainer):
     def train_step(self, data_iterator: Any) -> None:
         if not self.started:
             self.started = True
+            self.first_step = self.step
             self.metrics_processor.resume(self.step - 1)
             if self.scaling is not None:
                 self.scaling.scale_weights()  # they may have been loaded without FP8 state
@@ -128,20 +147,33 @@ class Trainer(titan.Trainer):
             dist.all_reduce(sums, group=self.parallel_dims.get_mesh("batch").get_group())
         tokens, text_bytes = sums.unbind()
 
+        shown = self.metrics_processor.should_log(self.step)
+        looks = self.statistics if shown or self._compiles_observation() else None
         losses = []
-        for input_dict, labels in microbatches:
+        for index, (input_dict, labels) in enumerate(microbatches):
+            if looks is not None and index == len(microbatches) - 1:
+                looks.begin()
             input_dict = {key: value.to(self.device) for key, value in input_dict.items()}
             loss = self.forward_backward_step(
                 input_dict=input_dict, labels=labels.to(self.device), global_valid_tokens=tokens
             )
             losses.append(loss.detach())
         loss = torch.stack(losses).sum()
+        if looks is not None:
+            looks.end()
+            if shown:
+                looks.before_update()
 
         grads = self._gradients()
         norms = self._gradient_norms(grads)
         scale = self.loss_scaler.scale
         grad_norm = torch.linalg.vector_norm(norms) / scale
         overflow = ~grad_norm.isfinite()
+        outlier = self.response.gate.judge(self.step, grad_norm)
+        if self.response.gate.mode == "act":
+            # The norm is equal on all ranks but for the last bit, which another order of sums may change.
+            outlier = self._anywhere(outlier)
+        skipped = overflow | outlier
         self.checkpointer.maybe_wait_for_staging()
         # Undoes the loss scale and clips the norm to training.max_norm.
         divisor = scale / (self.job_config.training.max_norm / (grad_norm + 1e-6)).clamp(max=1.0)
@@ -149,9 +181,9 @@ class Trainer(titan.Trainer):
             # Fused AdamW divides gradients by the one as it reads them, and does nothing where the other is 1: no
             # pass over the gradients for clipping, no host sync for skipping.
             optimizer.grad_scale = divisor
-            optimizer.found_inf = overflow.float()
+            optimizer.found_inf = skipped.float()
         if self.scaling is not None:
-            self.scaling.skipped = overflow
+            self.scaling.skipped = skipped
         self.optimizers.step()
         self.lr_schedulers.step()
 
@@ -165,12 +197,18 @@ class Trainer(titan.Trainer):
         if backs_off and self.scaling is not None:
             self.scaling.rescale_gradients(ratio)
 
-        shown = self.metrics_processor.should_log(self.step)
+        average = None
         if shown:
-            self._log(loss, local_tokens, tokens, text_bytes, grad_norm, lr)
+            average = self._log(loss, local_tokens, tokens, text_bytes, grad_norm, lr)
         last = self.step == self.job_config.training.steps
         if shown or self.checkpointer._should_save(self.step, last_step=last):
-            self._stop_if_bad()
+            self.response.look(average)
+            if self.response.rolls_back is None:
+                self._stop_if_bad()
+
+    def _compiles_observation(self) -> bool:
+        """Whether to observe for the compiler's sake: so it has made both graphs by the third step of this process."""
+        return self.step == self.first_step + 2 and not self.metrics_processor.should_log(self.step - 1)
 
     def _text_bytes(self, labels: torch.Tensor) -> torch.Tensor:
         return self.token_bytes[labels[labels != IGNORE_INDEX]].sum()
@@ -209,25 +247,27 @@ class Trainer(titan.Trainer):
         text_bytes: torch.Tensor,
         grad_norm: torch.Tensor,
         lr: float,
-    ) -> None:
-        """Reduce over ranks, copy to the host, hand to the metrics processor. Every rank calls it."""
+    ) -> float:
+        """Reduce over ranks, copy to the host, hand to the metrics processor. Every rank calls it. Returns the mean loss."""
         average, largest, seen = float(loss), float(loss), self.ntokens_seen
         if self.parallel_dims.dp_cp_enabled:
             mesh = self.parallel_dims.get_optional_mesh("loss")
             average = dist_utils.dist_sum(loss, mesh)
             largest = dist_utils.dist_max(loss * tokens / local_tokens.to(self.device), mesh)
             seen = int(dist_utils.dist_sum(torch.tensor(seen, dtype=torch.int64, device=self.device), mesh))
+        outliers = int(self.response.gate.skipped)
         extra = {
             "n_tokens_seen": seen,
             "lr": lr,
             "bits_per_byte": average * int(tokens) / math.log(2) / max(int(text_bytes), 1),
-            "skipped_steps": int(self.watch.total),
+            "skipped_steps": int(self.watch.total) + outliers,
             "nonfinite_steps": int(self.watch.total),
         }
         if self.job_config.fp8.loss_scale.enable:
             extra["loss_scale"] = float(self.loss_scaler.scale)
-            extra["skipped_steps"] = int(self.loss_scaler.skipped)  # bad steps are among them
+            extra["skipped_steps"] = int(self.loss_scaler.skipped) + outliers  # bad steps are among them
         self.metrics_processor.log(self.step, average, largest, float(grad_norm), extra_metrics=extra)
+        return average
 
     def _stop_if_bad(self) -> None:
         """Stop before anything is overwritten if more steps in a row were bad than allowed. The same on all ranks."""
@@ -252,6 +292,7 @@ class Trainer(titan.Trainer):
         self.watch.forget()
 
     def should_continue_training(self) -> bool:
+        self.response.roll_back()
         if not super().should_continue_training():
             return False
         if self.stop_request.due():
@@ -276,17 +317,20 @@ class Trainer(titan.Trainer):
             )
 
     def state_dict(self) -> dict[str, Any]:
-        return super().state_dict() | {"loss_scale": self.loss_scaler.state_dict()}
+        state = super().state_dict() | {"loss_scale": self.loss_scaler.state_dict()}
+        return state | ({"monitor": self.metrics_processor.state_dict()} if self.monitor_saved else {})
+
+    def prepare_to_load(self, names: Collection[str]) -> None:
+        """The next `state_dict` asks only for what a checkpoint with these names holds: earlier ones know no monitor."""
+        self.monitor_saved = any(name.startswith("monitor.") for name in names)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
         if "loss_scale" in state_dict:
             self.loss_scaler.load_state_dict(state_dict["loss_scale"])
-
-
-def _plain(name: str) -> str:
-    """A parameter's name without the wrappers of torch.compile and activation checkpointing."""
-    return name.replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", "")
+        if "monitor" in state_dict:
+            self.metrics_processor.load_state_dict(state_dict["monitor"])
+        self.monitor_saved = True
 
 
 def _log_folder(config: Any) -> str:

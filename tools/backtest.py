@@ -282,7 +282,7 @@ def draw(runs: list[Replay], report: dict[str, Any], out: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
     from matplotlib.ticker import MaxNLocator
-    from plot import COLORS, STYLE, _reference, _save
+    from plot_parts import COLORS, STYLE, reference, save
 
     blue, orange, green = COLORS[:3]
     bad = sorted(
@@ -318,7 +318,7 @@ def draw(runs: list[Replay], report: dict[str, Any], out: Path) -> None:
         right.bar(range(len(bad)), [v["lead_percent"] or 0 for v in bad], color=blue, width=0.8)
         right.set_axisbelow(True)
         right.grid(axis="x", visible=False)
-        _reference(right, TARGETS["median_lead_percent"], "target for the median")
+        reference(right, TARGETS["median_lead_percent"], "target for the median")
         right.set(xticks=[], ylim=(0, None))
 
         upper = figure.add_subplot(grid[1, :])
@@ -328,7 +328,7 @@ def draw(runs: list[Replay], report: dict[str, Any], out: Path) -> None:
         upper.plot(run.steps, np.where(np.isfinite(run.losses), run.losses, np.nan), color=blue, linewidth=1)
         upper.set(title=f"{run.name}: loss (nats per token)")
         lower.plot(run.steps, run.risks, color=green, linewidth=1)
-        _reference(lower, report["threshold"])
+        reference(lower, report["threshold"])
         because = f"; at the alarm because of {shown['cause']}" if shown["cause"] else ""
         lower.set(title=f"Risk{because}", ylim=(-0.03, 1.05), xlabel="Step")
         lower.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -344,7 +344,7 @@ def draw(runs: list[Replay], report: dict[str, Any], out: Path) -> None:
                             text, (step, 1), xycoords=axis.get_xaxis_transform(), xytext=(-4, -9),
                             textcoords="offset points", color=color, fontsize=8, ha="right",
                         )  # fmt: skip
-        _save(figure, out)
+        save(figure, out)
         plt.close(figure)
 
 

@@ -47,6 +47,7 @@ from titan_fp8.float8.kernels.attention_forward import require_hopper  # noqa: E
 from titan_fp8.model.args import FLAVORS, DecoderArgs  # noqa: E402
 from titan_fp8.model.decoder import Decoder  # noqa: E402
 from titan_fp8.optim import Fp8AdamW  # noqa: E402
+from titan_fp8.stability.statistics import Statistics  # noqa: E402
 
 LEARNING_RATE, WARMUP_STEPS, MAX_NORM = 3e-4, 20, 1.0
 STATES, SUCCESSORS = 2048, 8  # of the Markov chain
@@ -80,6 +81,7 @@ class Recipe:
     moments: str = "torch"  # of torch's fused AdamW, or of ours in "bf16" or "fp8"
     forward: str = "auto"  # [fp8] attention_forward
     smooth: str | None = None  # [fp8] smooth_scale, with activation smooth_swiglu
+    statistics: bool = False  # of every step, as in a run with [metrics] log_freq = 1
 
 
 BASE = "torchtitan bf16"
@@ -101,6 +103,8 @@ VARIANTS = {
     "llama fp8 linears, smooth token": Recipe("llama", "delayed", smooth="token_dynamic"),
     "fog_max bf16": Recipe("fog_max", "bf16"),
     "fog_max fp8 linears": Recipe("fog_max", "delayed"),
+    "fog_max fp8 full + statistics": Recipe("fog_max", "delayed", True, statistics=True),
+    "llama fp8 full + statistics": Recipe("llama", "delayed", True, statistics=True),
     "fog_max fp8 full, cudnn": Recipe("fog_max", "delayed", True, forward="cudnn"),
     "fog_max fp8 full + adam16": Recipe("fog_max", "delayed", True, moments="bf16"),
     "fog_max fp8 full + head + adam16": Recipe("fog_max", "delayed", True, True, "bf16"),
@@ -216,6 +220,7 @@ class Variant:
         self.model = build(shape, seq_len, VARIANTS[name]).to_empty(device="cuda").train()
         self.parameters = sum(p.numel() for p in self.model.parameters())
         self.scaling = scaling_state(self.model)
+        self.statistics: Statistics | None = None
         self.reset()
         for key, block in list(self.model.layers.named_children()):
             self.model.layers.register_module(key, torch.compile(block, fullgraph=True))
@@ -227,6 +232,8 @@ class Variant:
         """Weights from the seed, a new optimizer, and no history."""
         torch.manual_seed(SEED)
         self.optimizer = make_optimizer(VARIANTS[self.name].moments, self.model)
+        if self.scaling is not None:
+            self.scaling.stepped = getattr(self.optimizer, "amaxes", {})
         with torch.no_grad():
             self.model.init_weights(buffer_device=torch.device("cuda"))
 
@@ -236,8 +243,17 @@ class Variant:
         with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION], set_priority=True):
             # THE ONE PLACE where ours and the stock step differ; titan_fp8/train.py does what ours does here.
             if self.ours:
+                if VARIANTS[self.name].statistics and self.statistics is None:
+                    self.statistics = Statistics(
+                        self.model, self.model.observer, len(tokens), None, self.scaling
+                    )
+                if self.statistics is not None:
+                    self.statistics.begin()
                 loss = self.model(inputs, labels) / labels.numel()
                 loss.backward()
+                if self.statistics is not None:
+                    self.statistics.end()
+                    self.statistics.before_update()
                 norms = torch._foreach_norm([p.grad for p in self.model.parameters()], 2, dtype=torch.float32)
                 norm = torch.linalg.vector_norm(torch.stack(norms))
                 self.optimizer.grad_scale = ((norm + 1e-6) / MAX_NORM).clamp(min=1.0)
@@ -249,6 +265,8 @@ class Variant:
         self.optimizer.step()
         if self.scaling is not None:
             self.scaling.update()
+        if self.statistics is not None:
+            self.statistics.collect()
         self.optimizer.zero_grad()
         return loss.detach()
 
@@ -388,8 +406,15 @@ def run(options: argparse.Namespace, names: list[str]) -> dict[str, Any]:
     torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 256
     for name in names:
         torch._inductor.config.emulate_precision_casts = False
-        variant = Variant(name, shape, seq_len)
-        variant.warm_up(tokens)
+        try:
+            variant = Variant(name, shape, seq_len)
+            variant.warm_up(tokens)
+        except torch.OutOfMemoryError as error:
+            total = torch.cuda.get_device_properties(0).total_memory / 2**30
+            raise UserError(
+                f"all variants must fit in the GPU's memory together, got {len(variants)} in {total:.0f} GiB before {name}: "
+                "name fewer with --variants, or a smaller --batch"
+            ) from error
         variants.append(variant)
         print(f"built {name}: {variant.parameters:,} parameters", flush=True)
     losses = {v.name: v.learn(tokens[: options.loss_curves]) for v in variants} if options.loss_curves else {}

@@ -33,6 +33,7 @@ from titan_fp8.model.decoder import Decoder  # noqa: E402
 from titan_fp8.spec import build_tokenizer  # noqa: E402
 
 GIB = 2**30
+TAKEN_BY_NCCL = 0.18  # of the multiprocessors, while it communicates: 24 of 132
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,9 @@ GPUS = {
     # Compute and memory: one H200, benchmarks/2026-11-22_h200_8b-slice_full.json and _attention.json. node_gb, network_gb:
     # not measured; 0.8 of NVLink 4's and of one 400 Gbit/s adapter's nominal rate.
     "h200": Gpu(139.8, 726, 1394, 425, 650, 2.6, 2.4, 360, 40),
-    # Scaled from the H200 by memory rate where memory bounds (3.35 against 4.8 TB/s); same matrix unit.
-    "h100": Gpu(79.6, 726, 1394, 425, 650, 1.85, 1.7, 360, 40),
+    # One H100, benchmarks/2026-11-25_h100_8b-slice.json and _attention.json; node_gb: what NCCL reached inside the steps of
+    # two H100, benchmarks/2026-11-25_h100-x2_8b_tp.json. network_gb is nominal.
+    "h100": Gpu(79.6, 726, 1394, 432, 606, 2.3, 2.0, 170, 40),
 }
 
 
@@ -165,6 +167,8 @@ def memory(args: DecoderArgs, params: Parameters, recipe: Recipe, layout: Layout
         per_element = 1 if recipe.gather_fp8 and recipe.fp8 else gathered
         blocks = 2 if recipe.reshard else args.n_layers  # one in use, one on its way
         kinds["gathered weights"] = block * per_element * blocks + params.embedding * gathered / layout.tensor
+        # A block's whole gradient, and two copies in the dtype of the reduction: one being filled, one being sent.
+        kinds["gradients being reduced"] = block * (recipe.compute + 2 * recipe.reduce)
     elif recipe.master != gathered:
         kinds["gathered weights"] = (
             params.embedding * gathered / layout.tensor
@@ -279,6 +283,13 @@ def speed(
     hidden_behind = ms["GEMMs"] + ms["attention"] + ms["elementwise and casts"]
     sharded = sum(value for name, value in time.items() if name.startswith(("FSDP", "HSDP")))
     ms["exposed FSDP"] = max(0.0, sharded - hidden_behind)
+    if sharded:
+        # FSDP2 copies what it has gathered out of one buffer, and gradients into one; and NCCL's kernels take
+        # multiprocessors from those that they hide behind.
+        gathers = traffic.get("FSDP all-gather", 0.0) * layout.shard / max(layout.shard - 1, 1)
+        reduced = params.total / layout.tensor * (recipe.compute + recipe.reduce) * layout.accumulate / 1e9
+        ms["FSDP copies"] = (2 * gathers + reduced) / gpu.memory_tb
+        ms["compute beside communication"] = TAKEN_BY_NCCL * min(sharded, hidden_behind)
     ms["exposed TP"] = sum(value for name, value in time.items() if name.startswith("TP"))
     ms = {name: value for name, value in ms.items() if value}
     ms["launches and gaps"] = 0.03 * sum(ms.values())

@@ -336,3 +336,62 @@ def test_the_kernels_refuse_what_they_cannot_do():
         layer(*draw(0)[:3])
     with pytest.raises(UserError, match=r"bfloat16 q, got torch\.float32"):
         layer(*draw(0, (1, 2, 1, 16, 64))[:3])
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_current_scaling_is_the_calibrating_step_at_any_time(backend):
+    shape = (2, 4, 2, 64, 64)
+
+    def layer() -> tuple[Float8Attention, DelayedScaling]:
+        made = Float8Attention(0.125, Recipe(history=4), True, E5M2, backend, backend)
+        state = DelayedScaling(made.slots(), made.recipe)
+        state.init_weights()
+        return made, state
+
+    used, state = layer()
+    step(used, *draw(1, shape, torch.bfloat16))
+    state.update()
+    operands = [5 * t for t in draw(2, shape, torch.bfloat16)]
+    delayed, expected = step(used, *operands), step(layer()[0], *operands)
+    state.use_current(SLOTS)
+    got = step(used, *operands)
+    assert all(torch.equal(got[name], value) for name, value in expected.items())
+    assert not torch.equal(got["o"], delayed["o"])
+    state.use_current(["ds"])  # two passes for dS alone: dV does not depend on it
+    got = step(used, *operands)
+    assert torch.equal(got["dv"], delayed["dv"]) and not torch.equal(got["dq"], delayed["dq"])
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("kv_heads", [2, 4])
+def test_attention_in_16_bits_is_pytorchs_and_keeps_the_scales_of_q_k_v_fresh(backend, kv_heads):
+    torch._dynamo.reset()
+    layer = Float8Attention(0.125, Recipe(history=2), True, E5M2, backend, backend)
+    state = DelayedScaling(layer.slots(), layer.recipe)
+    state.init_weights()
+    counter = CompileCounterWithBackend("aot_eager")
+    run = torch.compile(layer, backend=counter, fullgraph=True)
+    q, k, v, do = draw(1, (2, 4, kv_heads, 64, 64), torch.bfloat16)
+    for _ in range(2):
+        in_fp8 = step(run, q, k, v, do)
+        state.update()
+    kept = state.scale[3:].clone()
+    graphs = counter.frame_count
+    layer.recipe.attention_16bit = True
+    for _ in range(3):
+        got = step(run, 2 * q, k, v, do)
+        state.update()
+    exact = exact_attention(2 * q, k, v, do, 0.125)
+    for name, value in got.items():
+        # bfloat16 has 8 bits: P, O and dS are rounded by 2^-9 each, sums in float32.
+        assert float((value.double() - exact[name].double()).norm() / exact[name].double().norm()) < 8e-3, (
+            name
+        )
+    assert float(state.scale[0]) == pytest.approx(448 / float((2 * q).abs().max()), rel=1e-6)
+    # What was not seen keeps its scale: that of the last step, whose amaxes compiled code sums in another order.
+    assert torch.allclose(state.scale[3:], kept, rtol=1e-5)
+    assert counter.frame_count == graphs + 1
+    layer.recipe.attention_16bit = False
+    again = step(run, q, k, v, do)
+    assert counter.frame_count == graphs + 1
+    assert float((again["dv"] - in_fp8["dv"]).norm() / in_fp8["dv"].norm()) < 0.1

@@ -412,7 +412,9 @@ def test_zeros_give_zeros_and_nan_comes_out(fp8):
         got = run(*inputs)
         assert run.amax[name].isnan() and run.amax["ds"].isnan(), name
         if name != "do":
-            assert got["o"][0, 0, 150:].isnan().any(-1)[0] and not got["o"][0, 0, :150].isnan().any()
+            # In the tile of a NaN value, P = 0 of an earlier query times NaN is NaN, as in bf16 kernels.
+            clean = 128 if name == "v" else 150
+            assert got["o"][0, 0, 150:].isnan().any(-1)[0] and not got["o"][0, 0, :clean].isnan().any(), name
         assert got["dq"][0, 0, 150].isnan().any() and got["dk"].isnan().any(), name
         # Tiles of 128: in the tile of a NaN key, dS = 0 of an earlier query times NaN is NaN, as in bf16 kernels.
         assert not got["dq"][0, 0, : 128 if name == "k" else 150].isnan().any(), name

@@ -122,6 +122,25 @@ def test_a_layer_left_out_is_seen(tiny_decoder):
     assert got["block_gemm_flops_fp8_ratio"] == 1 - 3 * sum(LINEARS.values()) / (2 * BLOCK)
 
 
+def test_attention_that_the_policy_took_out_of_fp8_is_seen(tiny_decoder):
+    """Nothing is declared: the operands' dtypes tell, in the same model before and after."""
+    model = tiny_decoder()
+    before = report(model, Fp8(attention="full"))
+    recipe = model.layers["0"].attention.inner_attention.recipe
+    tokens = torch.randint(0, V, (2, 32), generator=torch.Generator().manual_seed(1))
+    ratios = []
+    for away in (True, False):
+        recipe.attention_16bit = away
+        with torch.autocast("cpu", torch.bfloat16):
+            got = summarize(audit_step(model, tokens))
+        ratios.append(got["block_gemm_flops_fp8_ratio"])
+        assert got["gemm_flops"] == before["gemm_flops"]
+        slow = {g["module"] for g in got["gemms"] if not g["fp8"]} - {"loss"}
+        names = {f"layers.{layer}.attention.inner_attention" for layer in range(2)}
+        assert slow == (names if away else set())
+    assert ratios == [1 - ATTENTION / BLOCK, 1.0]
+
+
 def test_hooks_are_gone_afterwards(tiny_decoder):
     model = tiny_decoder()
     report(model, Fp8())

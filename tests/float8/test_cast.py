@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from titan_fp8.float8.formats import E4M3, E5M2, saturating_cast
-from titan_fp8.float8.kernels.cast import cast, cast_joined, reference
+from titan_fp8.float8.kernels.cast import cast, cast_joined, cast_rows, reference
 
 
 def draw(*shape: int, dtype: torch.dtype, device: str = "cpu") -> torch.Tensor:
@@ -60,8 +60,22 @@ def test_columns_may_have_scales_of_their_own(device, transposed):
     expected = saturating_cast(x.float() * scales, 1.0, E4M3)
     got = cast_joined([x], scales, E4M3, transposed)
     assert torch.equal(got.float(), (expected.t() if transposed else expected).float())
+    if not transposed:
+        assert torch.equal(cast_rows(x, scales, E4M3).float(), expected.float())
     again = cast_joined([got], scales, E4M3, transposed)  # FP8 already: not scaled again
     assert torch.equal(again.float(), expected.float() if transposed else got.float())
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [0, 1, 37])
+def test_rows_are_cast_as_the_reference_does(rows, dtype, device):
+    x, scale = draw(rows, 2100, dtype=dtype, device=device), torch.tensor(150.0, device=device)
+    if rows:
+        x[0, 0], x[-1, -1] = torch.nan, torch.inf
+    got = cast_rows(x, scale, E4M3)
+    assert got.shape == x.shape
+    assert torch.equal(got.view(torch.uint8), saturating_cast(x, scale, E4M3).view(torch.uint8))
 
 
 @pytest.mark.gpu

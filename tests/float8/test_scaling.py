@@ -284,6 +284,84 @@ def test_a_skipped_step_keeps_huge_gradients_out_of_the_history():
     assert state.skipped is None
 
 
+def test_weights_amaxes_from_the_optimizer_or_read_once_more():
+    """A 0 says that the step was skipped: the scale stays that of the weight, also one just loaded."""
+    a, b, c = (torch.nn.Linear(4, 4, bias=False) for _ in range(3))
+    slots = {"a.w": WeightScale((a,)), "bc.w": WeightScale((b, c))}
+    state = DelayedScaling(slots, Recipe(history=2))
+
+    def fill(*values: float) -> None:
+        with torch.no_grad():
+            for linear, value in zip((a, b, c), values, strict=True):
+                linear.weight.fill_(value)
+
+    def scales() -> list[float]:
+        return [448 / float(slot.scale) for slot in slots.values()]
+
+    def given(*values: float) -> dict[torch.Tensor, torch.Tensor]:
+        pairs = zip((a, b, c), values, strict=False)
+        return {linear.weight: torch.tensor(value) for linear, value in pairs}
+
+    fill(1.0, 2.0, 4.0)
+    state.init_weights()
+    assert scales() == [1.0, 4.0]
+    state.stepped = given(0.0, 0.0, 0.0)  # the first step is skipped
+    state.update()
+    assert scales() == [1.0, 4.0] and state.last_amax.tolist() == [1.0, 4.0]
+    state.stepped = given(3.5, 7.0, 1.75)  # other numbers than the weights': these are taken
+    state.update()
+    assert scales() == [3.5, 7.0]
+    state.stepped = given(100.0, 100.0)  # not all: the weights are read
+    state.update()
+    assert scales() == [1.0, 4.0]
+    fill(0.5, 0.25, 0.125)  # as loaded
+    state.stepped = given(100.0, 100.0, 100.0)
+    state.scale_weights()
+    assert scales() == [0.5, 0.25]
+    state.stepped = given(0.0, 0.0, 0.0)
+    state.update()
+    assert scales() == [0.5, 0.25]
+    state.stepped = given(1.0, math.nan, 1.0)
+    state.update()
+    assert scales() == [1.0, 0.25] and state.nonfinite_steps.tolist() == [0, 1]
+
+
+def test_named_tensors_are_scaled_by_their_own_amax_and_then_as_before():
+    state, x, dy = setup(history=3)
+    for largest in (4.0, 2.0):
+        cast(state, x, largest)
+        cast(state, dy, largest)
+        state.update()
+    state.use_current(["layer.x"])
+    for largest in (64.0, 1.0):
+        assert cast(state, x, largest) == 448 / largest  # nothing is clamped, nothing flushed
+        assert cast(state, dy, largest) == 57344 / max(4.0, float(state.history[:, 1].max()))
+        state.update()
+        assert state.saturation[0] == 1.0
+    assert state.saturated_steps.tolist() == [0, 1]
+    state.use_current([])
+    assert not state.recipe.current
+    assert cast(state, x, 1.0) == 448 / 64  # the history went on
+
+
+def test_current_scaling_refuses_what_is_not_there():
+    state = setup().state
+    with pytest.raises(ValueError, match=r"got layer\.y"):
+        state.use_current(["layer.x", "layer.y"])
+    assert not state.is_current.any() and not state.recipe.current
+
+
+def test_current_scaling_survives_a_load():
+    """The policy, whose state it is, says when it ends; the buffers in the checkpoint are the delayed scales."""
+    it = setup(history=2)
+    cast(it.state, it.x, 2.0)
+    it.state.update()
+    it.state.use_current(["layer.x"])
+    it.state.load_state_dict(it.state.state_dict())
+    assert float(it.state.scale[0]) == 224 and float(it.x.scale) == 0
+    assert cast(it.state, it.x, 7.0) == 64
+
+
 # ---- Scales by feature ----
 
 

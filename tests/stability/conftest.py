@@ -60,7 +60,7 @@ def make_processor(gloo, tmp_path, clock):
 
     made = []
 
-    def make(*, steps=100, log_freq=10, prometheus=False, tensorboard=False, ranks_per_batch=1):
+    def make(*, steps=100, log_freq=10, prometheus=False, textfile="", tensorboard=False, ranks_per_batch=1):
         config = Config()
         config.job.dump_folder = str(tmp_path)
         config.model.name, config.model.flavor = "titan_fp8", "debug"
@@ -70,6 +70,7 @@ def make_processor(gloo, tmp_path, clock):
         config.metrics.disable_color_printing = True
         config.prometheus.enable = prometheus
         config.prometheus.port = 0
+        config.prometheus.textfile = str(textfile)
         dims = SimpleNamespace(non_data_parallel_size=ranks_per_batch, pp_enabled=False)
         processor = build_metrics_processor(config, dims)
         processor.num_flops_per_token = 10**9

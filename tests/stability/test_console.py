@@ -70,6 +70,17 @@ def test_no_bar_where_nobody_looks(monkeypatch, caplog):
     assert "step:  1/40" in caplog.text
 
 
+def test_a_risk_is_shown_from_where_it_matters(caplog):
+    caplog.set_level(logging.INFO)
+    console = Console(RUN, [])
+    cause = "layers.3.ffn_act.kurtosis"
+    console.train(row(1) | {"risk": 0.29, "cause": cause})
+    console.train(row(2) | {"risk": 0.3, "cause": cause})
+    console.close()
+    first, second = caplog.messages
+    assert "risk" not in first and second.endswith(f"risk: 0.30 ({cause})")
+
+
 def test_results_against_unigrams():
     def verdict(loss):
         console = Console({**RUN, "unigram_entropy": 2.5}, kept=[])

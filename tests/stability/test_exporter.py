@@ -1,29 +1,91 @@
-"""The endpoint over real HTTP, and the names it serves."""
+"""From rows of metrics.jsonl to what a scraper reads, over real HTTP."""
 
+import json
 import math
 import re
-import socket
+import time
 
 import pytest
 
 from titan_fp8.errors import UserError
+from titan_fp8.stability import exporter as exporter_module
 from titan_fp8.stability.exporter import TABLE, Exporter
+from titan_fp8.stability.journal import encode
+
+SITES = ("residual", "qkv_in", "q", "k", "v", "attention_out", "ffn_up", "ffn_act", "ffn_out")
+TENSORS = (
+    *("attention.wqkv.x", "attention.wqkv.dy", "attention.wo.x", "attention.wo.dy"),
+    *(f"feed_forward.{name}" for name in ("x", "z", "dh", "dy")),
+    *(f"attention.inner_attention.{name}" for name in ("q", "k", "v", "do", "ds")),
+)
+GRADIENTS = ("attention.wqkv.dy", "attention.wo.dy", "feed_forward.dy", "attention.inner_attention.do")
+
+
+def statistics(layers):
+    """A step's statistics of a gated model with `layers` layers, every series that there is."""
+    found = {}
+    for layer in range(layers):
+        name = f"layers.{layer}"
+        for site in SITES:
+            found[f"{name}.{site}"] = {"mean": 0.0, "rms": 1.0, "kurtosis": 3.0 + layer, "amax": 5.0}
+        found[f"{name}.attention"] = {"logit_max": 7.0, "entropy": 2.0}
+        found[f"{name}.feed_forward"] = {"alignment_max": 0.5, "alignment_q999": 0.4}
+        for tensor in TENSORS:
+            found[f"{name}.{tensor}"] = {
+                "headroom": 1.5,
+                "amax_jump": 1.0,
+                "saturated_share": 0.0,
+                "underflowed_share": 0.1,
+            }
+        for tensor in GRADIENTS:
+            found[f"{name}.{tensor}"] |= {"rms": 1.0, "kurtosis": 9.0, "amax": 5.0}
+        for weight in ("attention.wq", "feed_forward.w1"):
+            found[f"{name}.{weight}"] = {"weight_rms": 0.02, "update_rms": 1e-4}
+    return found
+
+
+def train(step, layers=2, **more):
+    row = {
+        "kind": "train", "step": step, "tokens": 1000 * step, "loss": 2.0, "loss_max": 2.5, "grad_norm": 1.25, "lr": 1e-3,
+        "step_seconds": 0.5, "tokens_per_second": 2000.0, "data_seconds": 0.1, "memory_reserved_bytes": 2**30,
+        "memory_active_bytes": 2**29, "tflops": 1.0, "mfu": 0.4, "bits_per_byte": 1.1, "loss_scale": 1024.0,
+        "skipped_steps": 4, "nonfinite_steps": 5, "fp8": {"saturated_tensors": 1, "max_saturation": 1.5, "worst": "a"},
+        "statistics": statistics(layers), "risk": 0.25, "cause": "layers.1.ffn_act.kurtosis", "cause_kind": "trend",
+        "steps_to_saturation": [10.0, 20.0, None],
+    }  # fmt: skip
+    return row | more
+
+
+RUN = {
+    "kind": "run",
+    "step": 7,
+    "model": "titan_fp8 debug",
+    "recipe": "delayed",
+    "version": "0.1.0",
+    "ranks": 2,
+}
+VALIDATION = {"kind": "validation", "step": 10, "validation_loss": 1.75, "validation_bits_per_byte": 0.9}
+ACTION = {"kind": "action", "step": 10, "action": "skip_step", "cause": "nonfinite", "why": "inf", "times": 2}
 
 
 @pytest.fixture
 def exporter():
-    exporter = Exporter(port=0)
+    exporter = Exporter({"host": "127.0.0.1", "port": 0})
     exporter.start()
     yield exporter
     exporter.close()
 
 
 @pytest.fixture
-def taken_port():
-    with socket.socket() as holder:
-        holder.bind(("127.0.0.1", 0))
-        holder.listen()
-        yield holder.getsockname()[1]
+def samples(exporter, scrape):
+    """samples(*rows) -> {(name, labels): value} scraped after the rows."""
+
+    def samples(*rows):
+        for row in rows:
+            exporter.update(row)
+        return scrape(exporter.endpoint.port)
+
+    return samples
 
 
 @pytest.mark.parametrize("row", TABLE, ids=lambda row: row.name)
@@ -38,87 +100,181 @@ def test_names_follow_the_prometheus_convention(row):
         assert row.unit == unit or not row.name.removesuffix("_total").endswith(f"_{unit}")
 
 
+@pytest.mark.parametrize("row", TABLE, ids=lambda row: row.name)
+def test_labels_are_few(row):
+    if row.name.endswith("_info") or row.name == "titan_fp8_actions_total":
+        assert "step" not in row.labels
+    else:
+        assert set(row.labels) <= {"layer", "site", "tensor"}
+
+
 def test_names_are_unique():
     assert len({row.name for row in TABLE}) == len(TABLE)
 
 
-def test_every_row_can_be_scraped(exporter, scrape):
-    """A scraper sees each row under its own name, with its labels and its value."""
-    expected = {}
-    for i, row in enumerate(TABLE):
-        labels = {label: f"{label} {i}" for label in row.labels}
-        store = exporter.set_total if row.kind == "counter" else exporter.set
-        store(row.name, 1.5 * i, **labels)
-        expected[row.name, tuple(sorted(labels.items()))] = 1.5 * i
-    assert scrape(exporter.port) == expected
+def test_every_metric_reaches_a_scraper(samples, monkeypatch):
+    monkeypatch.setattr(time, "time", lambda: 1.8e9)
+    got = samples(RUN, train(10), VALIDATION, ACTION, ACTION)
+    layer = (("layer", "1"),)
+    expected = {
+        ("build_info", (("model", "titan_fp8 debug"), ("recipe", "delayed"), ("version", "0.1.0"))): 1,
+        ("last_step_timestamp_seconds", ()): 1.8e9,
+        ("log_interval_seconds", ()): 1.5,
+        ("steps_total", ()): 10,
+        ("tokens_total", ()): 10_000,
+        ("loss", ()): 2.0,
+        ("loss_max", ()): 2.5,
+        ("validation_loss", ()): 1.75,
+        ("grad_norm", ()): 1.25,
+        ("learning_rate", ()): 1e-3,
+        ("step_seconds", ()): 0.5,
+        ("tokens_per_second", ()): 2000,
+        ("data_loading_seconds", ()): 0.1,
+        ("memory_active_peak_bytes", ()): 2**29,
+        ("memory_reserved_peak_bytes", ()): 2**30,
+        ("model_flops_utilization_ratio", ()): 0.4,
+        ("divergence_risk_ratio", ()): 0.25,
+        ("risk_cause_info", (*layer, ("site", "ffn_act"), ("statistic", "kurtosis"))): 1,
+        ("steps_to_saturation_p10", ()): 10,
+        ("steps_to_saturation_p50", ()): 20,
+        ("steps_to_saturation_p90", ()): math.inf,
+        ("actions_total", (("action", "skip_step"), ("cause", "nonfinite"))): 4,
+        ("nonfinite_steps_total", ()): 5,
+        ("skipped_steps_total", ()): 4,
+        ("loss_scale", ()): 1024,
+        ("fp8_saturated_tensors", ()): 1,
+        ("fp8_max_saturation_ratio", ()): 1.5,
+        ("activation_kurtosis", (*layer, ("site", "ffn_act"))): 4.0,
+        ("fp8_headroom_log2", (*layer, ("tensor", "attention.inner_attention.ds"))): 1.5,
+        ("fp8_saturated_ratio", layer): 0.0,
+        ("fp8_underflowed_ratio", layer): 0.1,
+        ("ffn_alignment_max", layer): 0.5,
+        ("ffn_alignment_q999", layer): 0.4,
+        ("attention_logit_max", layer): 7.0,
+        ("attention_entropy_nats", layer): 2.0,
+    }
+    expected = {(f"titan_fp8_{name}", labels): value for (name, labels), value in expected.items()}
+    assert {key: got[key] for key in expected} == expected
+    # DROPPED has a test of its own.
+    assert {name for name, _ in got} == {row.name for row in TABLE} - {"titan_fp8_dropped_samples_total"}
 
 
-def test_unset_metrics_are_absent(exporter, scrape):
-    exporter.set("titan_fp8_loss", 2.0)
-    assert scrape(exporter.port) == {("titan_fp8_loss", ()): 2.0}
+def test_about_a_thousand_series_at_32_layers(samples):
+    got = samples(RUN, train(10, layers=32), VALIDATION)
+    assert 28 * 32 < len(got) < 1000
+    assert len(samples(train(20, layers=32))) == len(got)  # and they do not grow
 
 
-def test_a_total_continues_after_a_resume(exporter, scrape):
-    exporter.set_total("titan_fp8_nonfinite_steps_total", 7)
-    exporter.inc("titan_fp8_nonfinite_steps_total")
-    assert scrape(exporter.port) == {("titan_fp8_nonfinite_steps_total", ()): 8.0}
+def test_series_are_bounded(samples, monkeypatch, caplog):
+    monkeypatch.setattr(exporter_module, "MOST_SERIES", 100)
+    got = samples(RUN, *(train(step, layers=step) for step in range(1, 20)))
+    assert len(got) == 101 and "layers" not in caplog.text
+    assert got["titan_fp8_dropped_samples_total", ()] > 100
+    assert got["titan_fp8_steps_total", ()] == 19  # what there is goes on
+    assert caplog.text.count("100 series and no more") == 1
 
 
-def test_nonfinite_values_are_served(exporter, scrape):
-    exporter.set("titan_fp8_loss", math.nan)
-    exporter.set("titan_fp8_grad_norm", math.inf)
-    exporter.set("titan_fp8_fp8_amax", 3.0, tensor="layers.0.attention.wq.x")
-    exporter.set("titan_fp8_fp8_amax", math.nan, tensor='odd "name"\n')
-    samples = scrape(exporter.port)
-    assert math.isnan(samples["titan_fp8_loss", ()])
-    assert samples["titan_fp8_grad_norm", ()] == math.inf
-    assert samples["titan_fp8_fp8_amax", (("tensor", "layers.0.attention.wq.x"),)] == 3.0
-    assert math.isnan(samples["titan_fp8_fp8_amax", (("tensor", 'odd "name"\n'),)])
+def test_the_worst_tensor_speaks_for_its_layer(samples):
+    row = train(1)
+    row["statistics"]["layers.1.attention.wo.x"]["saturated_share"] = 0.01
+    row["statistics"]["layers.0.attention.wo.dy"]["saturated_share"] = math.nan
+    row["statistics"]["loss.h"] = {"headroom": -0.5, "saturated_share": 0.5}
+    got = samples(row)
+    name = "titan_fp8_fp8_saturated_ratio"
+    assert got[name, (("layer", "1"),)] == 0.01
+    assert math.isnan(got[name, (("layer", "0"),)])
+    assert got[name, (("layer", ""),)] == 0.5
+    assert got["titan_fp8_fp8_headroom_log2", (("layer", ""), ("tensor", "loss.h"))] == -0.5
 
 
-def test_taken_port_is_refused_with_the_remedy(taken_port):
-    with pytest.raises(UserError) as refused:
-        Exporter(port=taken_port).start()
-    message = str(refused.value)
-    assert f"{taken_port} on 127.0.0.1 is taken" in message
-    assert "--prometheus.port=" in message and "--prometheus.next_free_port" in message
-    assert "\n" not in message
+def test_the_cause_is_one(samples):
+    causes = lambda got: [labels for name, labels in got if name == "titan_fp8_risk_cause_info"]  # noqa: E731
+    samples(train(1))
+    got = samples(train(2, cause="layers.0.attention.wo.x.headroom"))
+    assert causes(got) == [(("layer", "0"), ("site", "attention.wo.x"), ("statistic", "headroom"))]
+    assert causes(samples(train(3, cause="loss"))) == [(("layer", ""), ("site", ""), ("statistic", "loss"))]
+    assert len(causes(samples(train(4, cause=None)))) == 0
 
 
-def test_next_free_port(taken_port, caplog, scrape):
-    exporter = Exporter(port=taken_port, next_free_port=True)
-    port = exporter.start()
-    try:
-        assert taken_port < port < taken_port + 100
-        exporter.set("titan_fp8_loss", 2.0)
-        assert scrape(port)["titan_fp8_loss", ()] == 2.0
-        assert f"Prometheus port {taken_port} is taken; using {port} instead" in caplog.text
-    finally:
-        exporter.close()
+def test_a_run_without_statistics_has_no_such_series(samples):
+    """As with stability.statistics = false, or in a BF16 run: absent, not 0."""
+    row = {key: value for key, value in train(1).items() if key not in ("statistics", "fp8", "risk", "cause")}
+    names = {name for name, _ in samples(row | {"memory_active_bytes": None, "mfu": None})}
+    assert "titan_fp8_loss" in names
+    assert not any(
+        word in name
+        for name in names
+        for word in ("kurtosis", "fp8_fp8", "alignment", "risk", "active", "utiliz")
+    )
 
 
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        {"host": "192.0.2.1", "port": 0},  # reserved for documentation: no machine has it
-        {"port": 70000},
-        {"port": 70000, "next_free_port": True},
-    ],
-)
-def test_an_impossible_address_is_refused(wrong):
-    with pytest.raises(UserError, match=r"--prometheus\.host=.*--prometheus\.port="):
-        Exporter(**wrong).start()
+@pytest.mark.parametrize("through_the_file", [False, True], ids=["live", "from metrics.jsonl"])
+def test_nonfinite_values_are_served(samples, through_the_file):
+    row = train(1, loss=math.nan, grad_norm=math.inf, mfu=None)
+    row["statistics"]["layers.0.ffn_act"]["kurtosis"] = math.nan
+    row["fp8"]["max_saturation"] = math.nan
+    got = samples(json.loads(encode(row)) if through_the_file else row)
+    assert math.isnan(got["titan_fp8_loss", ()])
+    assert math.isnan(got["titan_fp8_fp8_max_saturation_ratio", ()])
+    assert math.isnan(got["titan_fp8_activation_kurtosis", (("layer", "0"), ("site", "ffn_act"))])
+    assert not math.isfinite(got["titan_fp8_grad_norm", ()])
+    assert ("titan_fp8_model_flops_utilization_ratio", ()) not in got
 
 
-def test_the_port_is_free_after_close(scrape):
-    exporter = Exporter(port=0)
-    port = exporter.start()
-    exporter.set("titan_fp8_loss", 2.0)
-    scrape(port)
+def test_counts_of_actions_go_on_from_a_checkpoint(exporter, samples):
+    exporter.set_actions({("roll_back", "loss_spike"): 2})
+    got = samples({"kind": "action", "step": 3, "action": "roll_back", "cause": "loss_spike", "why": "x"})
+    assert got["titan_fp8_actions_total", (("action", "roll_back"), ("cause", "loss_spike"))] == 3
+
+
+# ---- Text file ----
+
+
+def wait_for(condition, seconds=10.0):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.01)
+
+
+def test_a_text_file_for_node_exporter(tmp_path):
+    path = tmp_path / "run.prom"
+    exporter = Exporter(textfile=str(path))
+    assert exporter.start() == [str(path)]
+    exporter.update(train(1))
+    wait_for(path.exists)
+    exporter.update(train(2, loss=1.5))
+    wait_for(lambda: "\ntitan_fp8_loss 1.5\n" in path.read_text())
+    assert [file.name for file in tmp_path.iterdir()] == ["run.prom"]
     exporter.close()
     exporter.close()
-    with socket.socket() as probe:
-        assert probe.connect_ex(("127.0.0.1", port)) != 0
-    again = Exporter(port=port)
-    assert again.start() == port
-    again.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_fails_or_hangs_does_not_touch_training(tmp_path, monkeypatch, caplog):
+    """Each write waits, then fails; rows come at once. The trouble is told once."""
+    written = []
+
+    def write(path, registry):
+        time.sleep(0.2)
+        written.append(path)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(exporter_module, "write_to_textfile", write)
+    exporter = Exporter(textfile=str(tmp_path / "run.prom"))
+    exporter.start()
+    started = time.monotonic()
+    for step in range(1, 6):
+        exporter.update({"kind": "train", "step": step, "loss": 1.0})
+    assert time.monotonic() - started < 0.2
+    wait_for(lambda: written)
+    exporter.update({"kind": "train", "step": 6, "loss": 1.0})
+    wait_for(lambda: len(written) >= 2)
+    exporter.close()
+    assert caplog.text.count("No space left on device") == 1 and "training goes on" in caplog.text
+
+
+@pytest.mark.parametrize("path", ["run.txt", "/no/such/folder/run.prom"])
+def test_a_text_file_that_cannot_be_is_refused(path):
+    with pytest.raises(UserError, match=r"\*\.prom file"):
+        Exporter(textfile=path)

@@ -107,3 +107,19 @@ def test_a_clean_file_is_not_rewritten(tmp_path):
     Journal(tmp_path, 4).close()
     assert path.stat().st_ino == before
     assert sorted(p.name for p in tmp_path.iterdir()) == ["metrics.jsonl"]
+
+
+def test_a_rollback_moves_later_rows_aside_and_goes_on_in_the_same_file(tmp_path):
+    path = fill(tmp_path, last_step=6)
+    journal = Journal(tmp_path, 4)
+    journal.write({"kind": "run", "step": 4})
+    journal.write(train(5, loss=9.0))
+    journal.roll_back(4)
+    journal.write({"kind": "action", "step": 4, "action": "roll_back", "from": 5})
+    journal.write(train(5, loss=0.2))
+    journal.close()
+    # The run row of step 4 stays: unlike a restart, a roll-back writes none.
+    assert rows_of(path)[-4:] == [("validation", 4), ("run", 4), ("action", 4), ("train", 5)]
+    assert read(path)[-1]["loss"] == 0.2
+    dropped = read(path.with_name("metrics.dropped.jsonl"))
+    assert [row["step"] for row in dropped] == [5, 6, 5] and dropped[-1]["loss"] == 9.0

@@ -55,6 +55,8 @@ def test_series_of_a_row_as_the_journal_writes_it():
     assert found.keys() == {"loss", "lr", "fp8.max_saturation", "fp8.saturated_tensors"}
     assert math.isnan(found["loss"]) and math.isnan(found["fp8.max_saturation"])
     assert found["lr"] == 1e-3 and found["fp8.saturated_tensors"] == 2
+    row = {"step": 4, "statistics": {"layers.3.ffn_act": {"kurtosis": 4.5}, "layers.3.q": {"nonfinite": 2}}}
+    assert series_of(row) == {"layers.3.ffn_act.kurtosis": 4.5, "layers.3.q.nonfinite": 2}
 
 
 def test_the_lines_are_weighted_least_squares():

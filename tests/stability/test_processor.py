@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import time
 
 import pytest
 
@@ -136,49 +137,55 @@ def test_nan_reaches_every_place(make_processor, clock, tmp_path, scrape):
     processor = make_processor(prometheus=True)
     processor.resume(0)
     processor.fp8_report = lambda: report(a=0.5, b=math.nan, c=1.5)
-    steps(processor, clock, 1, 1, loss=math.nan)
+    steps(processor, clock, 1, 1, loss=math.nan, nonfinite_steps=1)
     (row,) = rows(tmp_path, "train")
     assert row["loss"] is None
     assert row["fp8"] == {"saturated_tensors": 2, "max_saturation": None, "worst": "b"}
     assert row["nonfinite"] == ["loss", "loss_max", "fp8.max_saturation"]
-    samples = scrape(processor.exporter.port)
+    samples = scrape(processor.exporter.endpoint.port)
     assert math.isnan(samples["titan_fp8_loss", ()])
     assert samples["titan_fp8_nonfinite_steps_total", ()] == 1
 
 
-def test_prometheus_sees_what_is_logged(make_processor, clock, scrape):
+def test_prometheus_sees_what_is_logged(make_processor, clock, tmp_path, scrape):
     processor = make_processor(prometheus=True)
     processor.resume(0)
     processor.fp8_report = lambda: report(**{"layers.0.attention.wq.x": 1.5})
     steps(processor, clock, 1, 10, skipped_steps=4, nonfinite_steps=5, loss_scale=1024.0, bits_per_byte=1.1)
     validate(processor, clock, 10, 1.75, bits_per_byte=0.9)
-    samples = scrape(processor.exporter.port)
-    tensor = (("tensor", "layers.0.attention.wq.x"),)
-    assert samples.pop(("titan_fp8_last_log_timestamp_seconds", ())) > 1.7e9
-    expected = {
-        ("titan_fp8_steps_total", ()): 10,
-        ("titan_fp8_tokens_total", ()): 10 * TOKENS,
-        ("titan_fp8_loss", ()): 2.0,
-        ("titan_fp8_loss_max", ()): 2.5,
-        ("titan_fp8_validation_loss", ()): 1.75,
-        ("titan_fp8_bits_per_byte", ()): 1.1,
-        ("titan_fp8_validation_bits_per_byte", ()): 0.9,
-        ("titan_fp8_grad_norm", ()): 1.25,
-        ("titan_fp8_learning_rate", ()): 1e-3,
-        ("titan_fp8_step_seconds", ()): 0.5,
-        ("titan_fp8_tokens_per_second", ()): TOKENS / 0.5,
-        ("titan_fp8_skipped_steps_total", ()): 4,
-        ("titan_fp8_nonfinite_steps_total", ()): 5,
-        ("titan_fp8_loss_scale", ()): 1024,
-        ("titan_fp8_fp8_amax", tensor): 2.0,
-        ("titan_fp8_fp8_scale", tensor): 4.0,
-        ("titan_fp8_fp8_saturation_ratio", tensor): 1.5,
-        ("titan_fp8_fp8_saturated_steps_total", tensor): 3,
-        ("titan_fp8_fp8_nonfinite_steps_total", tensor): 1,
-    }
-    assert {key: samples[key] for key in expected} == pytest.approx(expected)
+    samples = scrape(processor.exporter.endpoint.port)
+    assert samples["titan_fp8_last_step_timestamp_seconds", ()] > 1.7e9
     labels = (("model", "titan_fp8 debug"), ("recipe", "delayed"), ("version", "0.1.0"))
-    assert samples["titan_fp8_run_info", labels] == 1
+    assert samples["titan_fp8_build_info", labels] == 1
+    (_, row), (validation,) = rows(tmp_path, "train"), rows(tmp_path, "validation")
+    expected = {
+        "titan_fp8_steps_total": 10,
+        "titan_fp8_tokens_total": row["tokens"],
+        "titan_fp8_loss": row["loss"],
+        "titan_fp8_validation_loss": validation["validation_loss"],
+        "titan_fp8_learning_rate": row["lr"],
+        "titan_fp8_step_seconds": row["step_seconds"],
+        "titan_fp8_log_interval_seconds": 9 * row["step_seconds"],
+        "titan_fp8_skipped_steps_total": 4,
+        "titan_fp8_nonfinite_steps_total": 5,
+        "titan_fp8_fp8_max_saturation_ratio": 1.5,
+    }
+    assert {name: samples[name, ()] for name in expected} == pytest.approx(expected)
+
+
+def test_a_text_file_alone(make_processor, clock, tmp_path):
+    processor = make_processor(textfile=tmp_path / "run.prom")
+    processor.resume(0)
+    assert processor.exporter.endpoint is None
+    steps(processor, clock, 1, 1)
+    end = time.monotonic() + 10
+    while (
+        not (tmp_path / "run.prom").exists()
+        or "titan_fp8_loss 2.0" not in (tmp_path / "run.prom").read_text()
+    ):
+        assert time.monotonic() < end
+    processor.close()
+    assert not (tmp_path / "run.prom").exists()
 
 
 def test_close_frees_the_port_and_may_come_twice(make_processor):
@@ -186,11 +193,11 @@ def test_close_frees_the_port_and_may_come_twice(make_processor):
 
     processor = make_processor(prometheus=True)
     processor.resume(0)
-    port = processor.exporter.port
+    port = processor.exporter.endpoint.port
     processor.close()
     processor.close()
-    again = Exporter(port=port)
-    assert again.start() == port
+    again = Exporter({"host": "127.0.0.1", "port": port})
+    assert again.start() == [f"http://127.0.0.1:{port}/metrics"]
     again.close()
 
 
@@ -255,3 +262,50 @@ def test_summary(make_processor, clock, tmp_path):
         "Logs: outputs/logs",
         "Try next: ./run_train.sh train_configs/390m.toml",
     ]
+
+
+def test_statistics_reach_row_and_predictor(make_processor, clock, tmp_path):
+    """A kurtosis that grows tenfold in forty rows becomes a risk with that cause; a saved state goes on bit for bit."""
+    first = make_processor(steps=200, log_freq=1)
+    table = {}
+    first.resume(0)
+    first.statistics = lambda: table
+    for step in range(1, 81):
+        table = {"layers.1.ffn_act": {"kurtosis": 4 * 10 ** (step / 40), "amax": 3.0}}
+        steps(first, clock, step, step)
+        if step == 60:
+            saved = json.loads(json.dumps(first.state_dict()))
+    train = rows(tmp_path, "train")
+    assert train[9]["risk"] == 0 and train[9]["cause"] is None and train[9]["steps_to_saturation"] is None
+    last = train[-1]
+    assert last["statistics"] == table
+    assert last["risk"] > 0.5
+    assert (last["cause"], last["cause_kind"]) == ("layers.1.ffn_act.kurtosis", "trend")
+    assert first.prediction.risk == pytest.approx(last["risk"], rel=1e-5)
+    soon, median, late = last["steps_to_saturation"]
+    assert soon <= median and (late is None or median <= late)
+
+    again = make_processor(steps=200, log_freq=1)
+    again.load_state_dict(saved)
+    again.resume(60)
+    again.statistics = lambda: table
+    for step in range(61, 81):
+        table = {"layers.1.ffn_act": {"kurtosis": 4 * 10 ** (step / 40), "amax": 3.0}}
+        steps(again, clock, step, step)
+    assert again.state_dict() == first.state_dict()
+
+
+def test_actions_reach_the_journal_and_prometheus(make_processor, tmp_path, scrape):
+    """Counts of a loaded checkpoint are there from the start."""
+    from titan_fp8.stability.policy import Action
+
+    processor = make_processor(prometheus=True)
+    processor.actions = {("checkpoint", "predicted"): 2}
+    processor.resume(0)
+    label = ("titan_fp8_actions_total", (("action", "checkpoint"), ("cause", "predicted")))
+    port = processor.exporter.endpoint.port
+    assert scrape(port)[label] == 2
+    action = Action("checkpoint", "predicted", "risk 0.95")
+    processor.act(3, action, {("checkpoint", "predicted"): 3})
+    assert scrape(port)[label] == 3
+    assert [row["why"] for row in rows(tmp_path, "action")] == ["risk 0.95"]

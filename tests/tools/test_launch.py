@@ -5,6 +5,7 @@ The run on two machines takes about a minute; alone: pytest -m launch, the other
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import shutil
@@ -12,11 +13,13 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
 ROOT = Path(__file__).parents[2]
 LAUNCH = ROOT / "tools" / "launch"
@@ -100,6 +103,7 @@ def test_slurm_example(tmp_path, number, requeued):
             {"NNODES": "2", "MASTER_ADDR": "host", "NODE_RANK": "2"},
             "NODE_RANK must be a number below NNODES (2), got 2",
         ),
+        ({"JOIN_TIMEOUT": "2"}, "JOIN_TIMEOUT must be a number of seconds, at least 10, got 2"),
         ({"MAX_RESTARTS": "often"}, "MAX_RESTARTS must be a number, got often"),
     ],
 )
@@ -109,6 +113,57 @@ def test_wrong_numbers_are_one_line(tmp_path, env, expected):
     assert done.returncode == 1 and done.stdout == ""
     (line,) = done.stderr.splitlines()
     assert line.startswith("error: ") and expected in line
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def test_a_machine_that_never_joins_is_named(tmp_path):
+    """In the last line, after torchrun has given up."""
+    port = free_port()
+    env = environment(
+        NNODES="2", NODE_RANK="0", RDZV_ENDPOINT=f"127.0.0.1:{port}", JOIN_TIMEOUT="12", NGPU="1"
+    )
+    command = ["bash", str(ROOT / "run_train.sh")]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith(f"error: 2 machines must join RDZV_ENDPOINT 127.0.0.1:{port} within")
+    assert f"got 1: {socket.gethostname()} (NODE_RANK 0); missing: NODE_RANK 1;" in last
+
+
+def test_the_roll_call(monkeypatch):
+    """Silent when all are there, whether they know their rank or not; names the machine that should answer if none does."""
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    roll_call = importlib.import_module("roll_call")
+    port = free_port()
+    message = roll_call.main(f"127.0.0.1:{port}", 2, "1", "run", 0.5)
+    assert "got no answer: NODE_RANK 0 is missing" in message
+    store = dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
+    for ranks in (("0", "1", "2"), ("", "", "")):
+        run = f"run {ranks[0]}"
+        messages = []
+        threads = [
+            threading.Thread(
+                target=lambda rank=rank, run=run, messages=messages: messages.append(
+                    roll_call.main(f"127.0.0.1:{port}", 3, rank, run, 10)
+                )
+            )
+            for rank in ranks
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert messages == [""] * 3
+        # A machine that starts again finds the others' names.
+        assert roll_call.main(f"127.0.0.1:{port}", 3, ranks[1], run, 10) == ""
+    message = roll_call.main(f"127.0.0.1:{port}", 3, "2", "other run", 0.5)
+    assert f"got 1: {socket.gethostname()} (NODE_RANK 2); missing: NODE_RANK 0, 1;" in message
+    del store
 
 
 # ---- Two machines ----
@@ -139,9 +194,7 @@ class Machines:
 
     def __init__(self, folder: Path, count: int = 2):
         folder.mkdir(exist_ok=True)
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = free_port()
         self.folder = folder
         self.agents = []
         for node in range(count):

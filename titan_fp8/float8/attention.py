@@ -11,7 +11,9 @@ Backward ("full"), with S recomputed from the same q, k (GEMM 3) and D = rowsum(
     dS = P * (dP - D)                   dQ = softmax_scale * dS_e5m2 k_e4m3      dK = softmax_scale * dS_e5m2^T q_e4m3
 
 dO and dS have delayed scales, in E5M2 or E4M3. With "forward" the backward GEMMs take the dequantised q, k, v in the compute
-dtype. Backends compute the same function: "reference" in plain PyTorch, which holds all of S, "triton", the fused kernels of
+dtype. With `recipe.attention_16bit` all seven run in it, by PyTorch's attention: the policy's way out.
+
+Backends compute the same function: "reference" in plain PyTorch, which holds all of S, "triton", the fused kernels of
 kernels/attention.py (P against a running row maximum, dS recomputed nowhere: five GEMMs backward), and, forward only,
 "cudnn" (kernels/attention_cudnn.py: O is rounded to E4M3). `resolve` says which one "auto" is, and why.
 
@@ -22,17 +24,18 @@ the rows of one batched GEMM: q is [B*K, R*S, C], k and v are [B*K, S, C].
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from titan_fp8.errors import UserError
 
-from .formats import E4M3, E5M2, saturating_cast, short_name
+from .formats import E4M3, E5M2, fold_amax, saturating_cast, short_name
 from .kernels import attention as kernels
 from .kernels import attention_cudnn as cudnn
 from .kernels.attention import P_SCALE  # 256: exact in every format; P in (0, 1] fills E4M3 up to 256 of 448
 from .kernels.attention_forward import require_hopper
 from .kernels.gemm import bmm
-from .scaling import CastRule, Recipe, TensorScale, first_scale, quantize, scale_in_use
+from .scaling import CastRule, Recipe, TensorScale, measured_scale, observe, quantize, scale_in_use
 
 BACKENDS = {"forward": ("triton", "cudnn", "reference"), "backward": ("triton", "reference")}
 # "auto" on Hopper. cudnn's forward is faster, but it rounds O once more, and it needs a package: a run's numbers must not
@@ -94,11 +97,14 @@ def _scores(q: Tensor, k: Tensor, factor: Tensor, seq_len: int) -> Tensor:
 class _Reference(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, state, softmax_scale, rule: CastRule, fp8_backward: bool, grad_dtype):
-        (s_q, a_q), (s_k, a_k), (s_v, a_v), (s_do, a_do), (s_ds, a_ds) = state
+        (s_q, a_q, o_q), (s_k, a_k, o_k), (s_v, a_v, o_v), (s_do, a_do, o_do), (s_ds, a_ds, _) = state
         seq_len = k.shape[1]
         q8, s_q = quantize(q, s_q, a_q, E4M3, rule)
         k8, s_k = quantize(k, s_k, a_k, E4M3, rule)
         v8, s_v = quantize(v, s_v, a_v, E4M3, rule)
+        if rule.observe:
+            for x, o_x, s_x in ((q, o_q, s_q), (k, o_k, s_k), (v, o_v, s_v)):
+                observe(x, o_x, s_x, E4M3)
         s = _scores(q8, k8, softmax_scale / (s_q * s_k), seq_len)
         m = s.amax(-1, keepdim=True)
         p = torch.exp(s - m)
@@ -107,7 +113,7 @@ class _Reference(torch.autograd.Function):
         o = o.to(q.dtype)
         ctx.save_for_backward(q8, k8, v8, s_q, s_k, s_v, o, m + torch.log(l), s_do, s_ds)
         # Not saved: a backward writes them, and autograd would then refuse the next one (two forwards first).
-        ctx.a_do, ctx.a_ds = a_do, a_ds
+        ctx.a_do, ctx.a_ds, ctx.o_do = a_do, a_ds, o_do
         ctx.softmax_scale, ctx.rule, ctx.fp8, ctx.grad_dtype = softmax_scale, rule, fp8_backward, grad_dtype
         return o
 
@@ -119,6 +125,8 @@ class _Reference(torch.autograd.Function):
         delta = (do.float() * o.float()).sum(-1, keepdim=True)
         if ctx.fp8:
             do8, s_do = quantize(do, s_do, ctx.a_do, ctx.grad_dtype, ctx.rule)
+            if ctx.rule.observe:
+                observe(do, ctx.o_do, s_do, ctx.grad_dtype, moments=True)
             p8 = saturating_cast(p, P_SCALE, E4M3)
             dv = bmm(p8.transpose(1, 2), do8) / (P_SCALE * s_do)
             dp = bmm(do8, v8.transpose(1, 2)) / (s_do * s_v)
@@ -141,9 +149,12 @@ class _Kernels(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, state, softmax_scale, rule: CastRule, grad_dtype, backend: str):
-        (s_q, a_q), (s_k, a_k), (s_v, a_v), (s_do, a_do), (s_ds, a_ds) = state
+        (s_q, a_q, o_q), (s_k, a_k, o_k), (s_v, a_v, o_v), (s_do, a_do, o_do), (s_ds, a_ds, _) = state
         seq_len, backward = q.shape[2], any(ctx.needs_input_grad[:3])
         s_q, s_k, s_v = (scale_in_use(x, s, E4M3, rule) for x, s in ((q, s_q), (k, s_k), (v, s_v)))
+        if rule.observe:
+            for x, o_x, s_x in ((q, o_q, s_q), (k, o_k, s_k), (v, o_v, s_v)):
+                observe(x, o_x, s_x, E4M3)
         q8, q8_t = kernels.attention_cast(q, s_q, a_q, E4M3, rule.record, True, backward, False)
         k8, k8_t = kernels.attention_cast(k, s_k, a_k, E4M3, rule.record, True, backward, True)
         if backend == "cudnn":
@@ -153,7 +164,7 @@ class _Kernels(torch.autograd.Function):
             v8, v8_t = kernels.attention_cast(v, s_v, a_v, E4M3, rule.record, backward, True, False)
             o, shift = kernels.attention_forward(q8, k8, v8_t, s_q, s_k, s_v, softmax_scale, seq_len)
         ctx.save_for_backward(q8, k8, q8_t, k8_t, v8, s_q, s_k, s_v, o, shift, s_do, s_ds)
-        ctx.a_do, ctx.a_ds = a_do, a_ds
+        ctx.a_do, ctx.a_ds, ctx.o_do = a_do, a_ds, o_do
         ctx.softmax_scale, ctx.seq_len, ctx.rule, ctx.grad_dtype = softmax_scale, seq_len, rule, grad_dtype
         return o
 
@@ -162,6 +173,8 @@ class _Kernels(torch.autograd.Function):
         q8, k8, q8_t, k8_t, v8, s_q, s_k, s_v, o, shift, s_do, s_ds = ctx.saved_tensors
         rule, dtype = ctx.rule, ctx.grad_dtype
         s_do = scale_in_use(do, s_do, dtype, rule)
+        if rule.observe:
+            observe(do, ctx.o_do, s_do, dtype, moments=True)
 
         def run(s_ds: Tensor, a_do: Tensor, a_ds: Tensor, record: bool) -> tuple[Tensor, Tensor, Tensor]:
             do8, do8_t, delta = kernels.attention_cast_gradient(do, o, s_do, s_ds, a_do, dtype, record)
@@ -170,11 +183,11 @@ class _Kernels(torch.autograd.Function):
                 ctx.softmax_scale, ctx.seq_len, dtype, record,
             )  # fmt: skip
 
-        if rule.calibrating:
+        if rule.measuring:
             # dS lives inside the kernel: a first pass for its amax, which gives the scale of the second.
             first = torch.zeros_like(s_ds)
             run(torch.ones_like(s_ds), torch.zeros_like(s_ds), first, True)
-            s_ds = first_scale(first, dtype, rule)
+            s_ds = measured_scale(first, s_ds, dtype, rule)
         return *run(s_ds, ctx.a_do, ctx.a_ds, rule.record), None, None, None, None, None
 
 
@@ -215,8 +228,15 @@ class Float8Attention(nn.Module):
         return forward | {"do": self.do, "ds": self.ds} if self.fp8_backward else forward
 
     def forward(self, q_BHSC: Tensor, k_BKSC: Tensor, v_BKSC: Tensor) -> Tensor:
-        state = tuple((slot.scale, slot.amax) for slot in (self.q, self.k, self.v, self.do, self.ds))
+        state = tuple(slot.state() for slot in (self.q, self.k, self.v, self.do, self.ds))
         rule = self.recipe.rule(record=self.training)
+        if self.recipe.attention_16bit:
+            if rule.record:  # the scales of q, k and v stay those of now; dO and dS are not seen
+                for slot, x in ((self.q, q_BHSC), (self.k, k_BKSC), (self.v, v_BKSC)):
+                    fold_amax(slot.amax, x)
+            return F.scaled_dot_product_attention(
+                q_BHSC, k_BKSC, v_BKSC, is_causal=True, scale=self.softmax_scale, enable_gqa=True
+            )
         if self.forward_backend != "reference":
             kernels.check_operands(q_BHSC, k_BKSC, v_BKSC)
             return _Kernels.apply(

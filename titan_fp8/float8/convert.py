@@ -133,6 +133,7 @@ def _convert_tensorwise(model: nn.Module, names: set[str], gather: bool) -> None
 
 def _convert_delayed(model: nn.Module, linears: dict[str, nn.Linear], fp8: Fp8, gather: bool) -> None:
     recipe = Recipe(fp8.amax_history, fp8.margin, fp8.power_of_two_scales)
+    recipe.observer = getattr(model, "observer", None)
     device = next(model.parameters()).device
     alone = dict(linears)
     for name, module in list(model.named_modules()):

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from titan_fp8.probe import sample_sums
 from titan_fp8.tensor_parallel import (
     Ranks,
     all_gather,
@@ -35,7 +36,7 @@ from titan_fp8.tensor_parallel import (
 )
 
 from .formats import E4M3, E5M2, FP8_MAX, scale_from_amax
-from .kernels.activation import KINDS, activate, activate_backward, channel_amax
+from .kernels.activation import KINDS, _activation, _gradient, activate, activate_backward, channel_amax
 from .kernels.cast import cast, transpose
 from .kernels.gemm import scaled_mm
 from .linear import join, matrix
@@ -47,8 +48,9 @@ from .scaling import (
     TensorScale,
     WeightScale,
     channel_scales,
-    first_scale,
     folded,
+    measured_scale,
+    observe,
     scale_in_use,
 )
 
@@ -58,9 +60,13 @@ SMOOTH = "smooth_swiglu"
 @torch._dynamo.allow_in_graph
 class _Float8FeedForward(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x_MK, alphas, state, channels, kind: str, rule: CastRule, tp: Ranks | None, w2_KF, *ups):
+    def forward(
+        ctx, x_MK, alphas, state, channels, sites, kind: str, rule: CastRule, tp: Ranks | None, w2_KF, *ups
+    ):  # fmt: skip
         # channels: None; or (s, z_i's amaxes to be, None), or (None, None, amaxes of w2's columns) if s is dynamic; all [F].
-        (s_x, a_x), (s_up, _), (s_z, a_z), (s_w2, _), (s_dh, a_dh), (s_dy, a_dy) = state
+        (s_x, a_x, o_x), (s_up, *_), (s_z, a_z, o_z), (s_w2, *_), (s_dh, a_dh, o_dh), (s_dy, a_dy, o_dy) = (
+            state
+        )
         s_x = scale_in_use(x_MK, s_x, E4M3, rule)
         x8_MK, x8_t_KM = cast(
             x_MK, s_x, a_x, E4M3, rule.record, True, tp is None and any(ctx.needs_input_grad)
@@ -76,17 +82,34 @@ class _Float8FeedForward(torch.autograd.Function):
                 torch.ones_like(s_z),
                 scale_from_amax((columns_F / s_F).amax(), FP8_MAX[E4M3], 0, rule.power_of_two),
             )
-        elif rule.calibrating:
+        elif rule.measuring:
             # z lives inside the kernel: a first pass for its amax, which gives the scale of the second.
             first = torch.zeros_like(s_z)
             activate(h_MN, alphas, torch.ones_like(s_z), first, kind, True, s_F)
-            s_z = first_scale(first, E4M3, rule)
+            s_z = measured_scale(first, s_z, E4M3, rule)
         if s_F is not None:
             m_w2 = folded(s_w2, s_F)
         z8_MF = activate(h_MN, alphas, s_z, a_z, kind, rule.record and s_F is None, s_F)
+        if rule.observe:
+            # z never stands in memory: made again in plain PyTorch, for this step only.
+            o_up, o_act = sites
+            z_MF, groups = _activation(h_MN.detach(), alphas, kind), 1 if tp is None else tp.size
+            observe(x_MK, o_x, s_x, E4M3)
+            observe(z_MF if s_F is None else z_MF * s_F, o_z, s_z, E4M3, tp)
+            o_up.copy_(sample_sums(h_MN, len(o_up), groups))
+            o_act.copy_(sample_sums(z_MF, len(o_act), groups))
         ctx.save_for_backward(kept, h_MN, alphas, s_x, s_z, s_dh, s_dy, s_up, s_w2, m_w2, s_F, w2_KF, *ups)
         # Not saved: a backward writes them, and autograd would then refuse the next one (two forwards first).
-        ctx.a_dh, ctx.a_dy, ctx.a_F, ctx.kind, ctx.rule, ctx.tp = a_dh, a_dy, a_F, kind, rule, tp
+        ctx.a_dh, ctx.a_dy, ctx.a_F, ctx.o_dh, ctx.o_dy, ctx.kind, ctx.rule, ctx.tp = (
+            a_dh,
+            a_dy,
+            a_F,
+            o_dh,
+            o_dy,
+            kind,
+            rule,
+            tp,
+        )
         y_MK = scaled_mm(z8_MF, join([w2_KF], m_w2, False).t(), s_z, s_w2, x_MK.dtype, fast=True)
         return reduce_scatter(y_MK, tp)
 
@@ -102,13 +125,17 @@ class _Float8FeedForward(torch.autograd.Function):
             dy8_t_KM = transpose(dy8_MK)
         w2_t_FK = join([w2_KF], m_w2, True)
         dz_MF = scaled_mm(dy8_MK, w2_t_FK.t(), s_dy, s_w2, dy_MK.dtype, fast=False)
-        if rule.calibrating:
+        if rule.measuring:
             first = torch.zeros_like(s_dh)
             activate_backward(dz_MF, h_MN, alphas, s_z, torch.ones_like(s_dh), first, kind, E5M2, True, s_F)
-            s_dh = first_scale(first, E5M2, rule)
+            s_dh = measured_scale(first, s_dh, E5M2, rule)
         dh8_MN, dh8_t_NM, z8_t_FM, dalphas = activate_backward(
             dz_MF, h_MN, alphas, s_z, s_dh, ctx.a_dh, kind, E5M2, rule.record, s_F, ctx.a_F
         )
+        if rule.observe:
+            observe(dy_MK, ctx.o_dy, s_dy, E5M2, moments=True)
+            dz_MF = dz_MF if s_F is None else dz_MF.float() * s_F
+            observe(_gradient(dz_MF, h_MN, alphas, kind)[0], ctx.o_dh, s_dh, E5M2, tp)
         up_t_KN = join(ups, s_up, True)
         dx_MK = begin_scatter(scaled_mm(dh8_MN, up_t_KN.t(), s_dh, s_up, dy_MK.dtype, fast=False), tp)
         dw2_KF = scaled_mm(dy8_t_KM, z8_t_FM.t(), s_dy, s_z, w2_KF.dtype, fast=False)
@@ -119,11 +146,7 @@ class _Float8FeedForward(torch.autograd.Function):
         return (
             finish(dx_MK, tp, dy_MK.dtype),
             None if alphas is None else dalphas,
-            None,
-            None,
-            None,
-            None,
-            None,
+            *(None,) * 6,
             dw2_KF,
             *dup_NK.split([w.shape[0] for w in ups]),
         )
@@ -146,6 +169,7 @@ class Float8FeedForward(nn.Module):
         assert plain.activation in (*KINDS, SMOOTH), plain.activation
         self.activation = plain.activation
         self.w1, self.w2, self.w3, self.act = plain.w1, plain.w2, plain.w3, plain.act
+        self.probes = plain.probes
         self.recipe = recipe
         self.x = TensorScale(E4M3)
         self.up = WeightScale(self.ups())
@@ -167,7 +191,8 @@ class Float8FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x_MK = matrix(x)
-        state = tuple((slot.scale, slot.amax) for slot in self.slots().values())
+        state = tuple(slot.state() for slot in self.slots().values())
+        sites = self.probes["ffn_up"].sums, self.probes["ffn_act"].sums
         alphas = None if self.act is None else self.act.alphas()
         channels, z = None, self.z
         if isinstance(z, ChannelScale):
@@ -175,10 +200,10 @@ class Float8FeedForward(nn.Module):
             channels = tuple(None if t is None else z.own(t) for t in used)
         kind = "swiglu" if self.activation == SMOOTH else self.activation
         y_MK = _Float8FeedForward.apply(
-            x_MK, alphas, state, channels, kind, self.recipe.rule(record=self.training), self.tp,
+            x_MK, alphas, state, channels, sites, kind, self.recipe.rule(record=self.training), self.tp,
             *(local(linear.weight).to(x_MK.dtype) for linear in (self.w2, *self.ups())),
         )  # fmt: skip
-        return y_MK.view(*x.shape[:-1], -1)
+        return self.probes["ffn_out"](y_MK.view(*x.shape[:-1], -1))
 
     def extra_repr(self) -> str:
         channels = (

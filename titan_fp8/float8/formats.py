@@ -21,6 +21,7 @@ E4M3 = torch.float8_e4m3fn
 E5M2 = torch.float8_e5m2
 
 FP8_MAX = {E4M3: 448.0, E5M2: 57344.0}
+ROUNDS_TO_ZERO = {E4M3: 2.0**-10, E5M2: 2.0**-17}  # up to here: half the smallest subnormal, a tie to even
 
 # Scales stay within the normal float32 numbers whose reciprocals are normal too, since kernels flush subnormals.
 MIN_SCALE, MAX_SCALE = 2.0**-126, 2.0**126

@@ -22,18 +22,18 @@ from .formats import E4M3, E5M2, FP8_MAX, scale_from_amax
 from .kernels.cast import cast, transpose
 from .kernels.gemm import scaled_mm
 from .kernels.softmax import SCALE, softmax_gradient
-from .scaling import CastRule, Recipe, TensorScale, scale_in_use
+from .scaling import CastRule, Recipe, TensorScale, observe, scale_in_use
 
 PIECE_LOGITS = 1 << 28  # 512 MiB of bfloat16, 256 MiB of E5M2
 
 
 class Float8Head(Head):
-    """titan_fp8.loss.Head with FP8 operands. scale and seen are h's; suffix _t: stored transposed."""
+    """titan_fp8.loss.Head with FP8 operands. scale, seen and sums are h's; suffix _t: stored transposed."""
 
     def __init__(
-        self, h, w_VD, gradients, dw_dtype, tp: Ranks | None, scale: Tensor, seen: Tensor, rule: CastRule
-    ):
-        self.scale, self.seen, self.rule = scale, seen, rule
+        self, h, w_VD, gradients, dw_dtype, tp: Ranks | None, state: tuple[Tensor, Tensor, Tensor], rule: CastRule
+    ):  # fmt: skip
+        (self.scale, self.seen, self.sums), self.rule = state, rule
         super().__init__(h, w_VD, gradients, dw_dtype, tp)
         # The amax in one pass: abs().amax() would hold a copy of w outside of torch.compile.
         w_amax = torch.linalg.vector_norm(self.w_VD, torch.inf, dtype=torch.float32)
@@ -47,6 +47,8 @@ class Float8Head(Head):
 
     def gather_h(self, h: Tensor) -> None:
         self.h_scale = scale_in_use(h, self.scale, E4M3, self.rule)
+        if self.rule.observe:
+            observe(h, self.sums, self.h_scale, E4M3)
         whole = self.tp is None
         self.h8_ND, self.h8_t_DN = cast(
             h, self.h_scale, self.seen, E4M3, self.rule.record, True, whole and self.gradients
@@ -108,7 +110,7 @@ class Float8ChunkedLoss(ChunkedLoss):
                 f"FP8 GEMMs need batch * sequence to be a multiple of 16, got {len(h)}: change seq_len"
             )
         rule = self.recipe.rule(record=self.training)
-        return Float8Head(h, w_VD, gradients, dw_dtype, self.tp, self.h.scale, self.h.amax, rule)
+        return Float8Head(h, w_VD, gradients, dw_dtype, self.tp, self.h.state(), rule)
 
     def extra_repr(self) -> str:
         return "h:delayed_e4m3 w:tensorwise_e4m3 dl:fixed_e5m2"

@@ -42,7 +42,7 @@ from titan_fp8.tensor_parallel import (
 from .formats import E4M3, E5M2
 from .kernels.cast import cast, cast_joined, transpose
 from .kernels.gemm import scaled_mm
-from .scaling import CastRule, Recipe, TensorScale, WeightScale, scale_in_use
+from .scaling import CastRule, Recipe, TensorScale, WeightScale, observe, scale_in_use
 from .weights import GatheredWeight
 
 
@@ -73,17 +73,20 @@ class _Float8Matmul(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, x_MK, x_scale, x_amax, w_scale, dy_scale, dy_amax, rule: CastRule,
-        columns: Ranks | None, rows: Ranks | None, *weights,
+        ctx, x_MK, x, w_scale, dy, rule: CastRule, columns: Ranks | None, rows: Ranks | None, *weights
     ):  # fmt: skip
-        needs_dw = any(ctx.needs_input_grad[9:])
+        (x_scale, x_amax, x_sums), (dy_scale, dy_amax, dy_sums) = x, dy
+        needs_dw = any(ctx.needs_input_grad[7:])
         x_scale = scale_in_use(x_MK, x_scale, E4M3, rule)
         x8_MK, x8_t_KM = cast(x_MK, x_scale, x_amax, E4M3, rule.record, True, needs_dw and columns is None)
+        if rule.observe:
+            observe(x_MK, x_sums, x_scale, E4M3, rows)
         w8_NK = join(weights, w_scale, False)
         kept = x8_t_KM if columns is None else x8_MK
         ctx.save_for_backward(kept, x_scale, w_scale, dy_scale, *weights)
-        # Not saved: a backward writes it, and autograd would then refuse the next one (two forwards first).
-        ctx.dy_amax, ctx.rule, ctx.needs_dw, ctx.columns, ctx.rows = dy_amax, rule, needs_dw, columns, rows
+        # Not saved: a backward writes them, and autograd would then refuse the next one (two forwards first).
+        ctx.dy_amax, ctx.dy_sums = dy_amax, dy_sums
+        ctx.rule, ctx.needs_dw, ctx.columns, ctx.rows = rule, needs_dw, columns, rows
         y_MN = scaled_mm(all_gather(x8_MK, columns), w8_NK.t(), x_scale, w_scale, x_MK.dtype, fast=True)
         return reduce_scatter(y_MN, rows)
 
@@ -95,6 +98,8 @@ class _Float8Matmul(torch.autograd.Function):
         dy8_MN, dy8_t_NM = cast(
             dy_MN, dy_scale, ctx.dy_amax, E5M2, ctx.rule.record, needs_dx or rows is not None, needs_dw and rows is None
         )  # fmt: skip
+        if ctx.rule.observe:
+            observe(dy_MN, ctx.dy_sums, dy_scale, E5M2, columns, moments=True)
         dy8_MN = all_gather(dy8_MN, rows)
         if needs_dw:
             kept = begin_gather(kept, columns)
@@ -110,7 +115,7 @@ class _Float8Matmul(torch.autograd.Function):
             dws = dw_NK.split([w_NK.shape[0] for w_NK in weights])
         if needs_dx:
             dx_MK = finish(dx_MK, columns, dy_MN.dtype)
-        return dx_MK, *(None,) * 8, *dws
+        return dx_MK, *(None,) * 6, *dws
 
 
 class Float8Linear(nn.Linear):
@@ -143,7 +148,7 @@ class Float8Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         x_MK = matrix(x if self.tp is None else by_rank(x, self.tp))
         y_MN = _Float8Matmul.apply(
-            x_MK, self.x.scale, self.x.amax, self.w.scale, self.dy.scale, self.dy.amax,
+            x_MK, self.x.state(), self.w.scale, self.dy.state(),
             self.recipe.rule(record=self.training), None, self.tp, local(self.weight).to(x_MK.dtype),
         )  # fmt: skip
         return y_MN.view(*x.shape[:-1], -1) if self.tp is None else y_MN.unflatten(0, (len(x), -1))
@@ -176,7 +181,7 @@ class Float8FanOut(nn.Module):
         x_MK = matrix(x)
         weights = [local(linear.weight) for linear in linears]
         y_MN = _Float8Matmul.apply(
-            x_MK, self.x.scale, self.x.amax, self.w.scale, self.dy.scale, self.dy.amax,
+            x_MK, self.x.state(), self.w.scale, self.dy.state(),
             self.recipe.rule(record=self.training), self.tp, None, *(w.to(x_MK.dtype) for w in weights),
         )  # fmt: skip
         y = y_MN.view(*x.shape[:-1], -1) if self.tp is None else by_sequence(y_MN, len(x), self.tp)

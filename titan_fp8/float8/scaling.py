@@ -10,6 +10,7 @@ once, with one MAX all-reduce. A weight's slot (`WeightScale`) has the amax of n
 jump, and margin does not apply. A tensor whose features have a scale each (`ChannelScale`, Smooth-SwiGLU) brings, as one
 more row of the same all-reduce, the amaxes of its features, and of the columns of the weight that undoes those scales. On
 the very first step there is no history, and each other tensor is scaled by its own amax.
+So are, at any time, the tensors that `use_current` names: slower, but nothing in them can be clamped.
 
     layers write   slot.amax    (max over micro-batches; recomputation under activation checkpointing changes nothing)
     layers read    slot.scale
@@ -32,8 +33,8 @@ forgotten, for what headroom is there for needs no memory.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -41,9 +42,20 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from titan_fp8.probe import Cast, Observer, Probe, sample_sums
 from titan_fp8.tensor_parallel import Ranks, all_max
 
-from .formats import E4M3, FP8_MAX, MAX_SCALE, amax, fold_amax, saturating_cast, scale_from_amax, short_name
+from .formats import (
+    E4M3,
+    FP8_MAX,
+    MAX_SCALE,
+    ROUNDS_TO_ZERO,
+    amax,
+    fold_amax,
+    saturating_cast,
+    scale_from_amax,
+    short_name,
+)
 
 HEADROOM = (
     6  # binades between a feature's amax and the largest that its cast holds; up to 8 cost no precision
@@ -61,6 +73,13 @@ class CastRule(NamedTuple):
     calibrating: bool
     record: bool
     ranks: Ranks | None = None
+    observe: bool = False
+    current: bool = False
+
+    @property
+    def measuring(self) -> bool:
+        """Some tensors are scaled by their own amax, so amaxes are taken before casts."""
+        return self.calibrating or self.current
 
 
 @dataclass
@@ -68,6 +87,8 @@ class Recipe:
     """What the layers of one model share. `calibrating` until the first update: no amax of an earlier step exists.
 
     `ranks`: everyone with a part of the tensors, who must have one scale in the first step too; parallelize sets it.
+    `current`: `DelayedScaling.use_current` named a tensor. Which ones stands in their slots, on the device: all layers share
+    one more graph, whatever is named. `attention_16bit`: FP8 attention runs in the compute dtype, until it is set back.
     """
 
     history: int = 1024
@@ -75,15 +96,22 @@ class Recipe:
     power_of_two: bool = False
     calibrating: bool = True
     ranks: Ranks | None = None
+    observer: Observer | None = field(default=None, repr=False)
+    current: bool = False
+    attention_16bit: bool = False
 
     def rule(self, record: bool) -> CastRule:
-        return CastRule(self.margin, self.power_of_two, self.calibrating, record, self.ranks)
+        observe = record and self.observer is not None and self.observer.on
+        return CastRule(
+            self.margin, self.power_of_two, self.calibrating, record, self.ranks, observe, self.current
+        )
 
 
-class TensorScale(nn.Module):
-    """One FP8 tensor's scale in use and the amax seen since the last update (0-dim float32 buffers).
+class TensorScale(Probe):
+    """One FP8 tensor's scale in use and the amax seen since the last update (0-dim float32 buffers), and its probe.
 
-    The buffers are not saved: `DelayedScaling` keeps the truth and writes them.
+    A scale of 0 stands for the one from the tensor's own amax (`scale_in_use`). The buffers are not saved:
+    `DelayedScaling` keeps the truth and writes them.
     """
 
     scale: Tensor
@@ -95,6 +123,9 @@ class TensorScale(nn.Module):
         self.gradient = gradient  # its size goes with the loss scale
         self.register_buffer("scale", torch.ones((), dtype=torch.float32), persistent=False)
         self.register_buffer("amax", torch.zeros((), dtype=torch.float32), persistent=False)
+
+    def state(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.scale, self.amax, self.sums
 
     def extra_repr(self) -> str:
         return f"delayed_{short_name(self.dtype)}"
@@ -190,8 +221,14 @@ def channel_scales(amaxes: Tensor, columns: Tensor, headroom: int) -> Tensor:
 
 
 def scale_in_use(x: Tensor, scale: Tensor, dtype: torch.dtype, rule: CastRule) -> Tensor:
-    """The delayed `scale`, or in the first step, which has no history, the one from x's own amax (0-dim float32)."""
-    return first_scale(amax(x), dtype, rule) if rule.calibrating else scale
+    """The delayed `scale`, or where it is 0 and in the first step, the one from x's own amax (0-dim float32)."""
+    return measured_scale(amax(x), scale, dtype, rule) if rule.measuring else scale
+
+
+def measured_scale(amax: Tensor, scale: Tensor, dtype: torch.dtype, rule: CastRule) -> Tensor:
+    """`scale_in_use` of a tensor whose amax on this rank is known, with `rule.measuring` (0-dim float32)."""
+    own = first_scale(amax, dtype, rule)
+    return own if rule.calibrating else torch.where(scale > 0, scale, own)
 
 
 def first_scale(amax: Tensor, dtype: torch.dtype, rule: CastRule) -> Tensor:
@@ -212,6 +249,19 @@ def quantize(
     return saturating_cast(x, scale, dtype), scale
 
 
+def observe(
+    x: Tensor,
+    sums: Tensor,
+    scale: Tensor,
+    dtype: torch.dtype,
+    ranks: Ranks | None = None,
+    moments: bool = False,
+) -> None:
+    """Look at x [..., N], which `scale` takes to FP8. `ranks`: it has all their rows, one rank's below another's."""
+    cast = Cast(scale, FP8_MAX[dtype], ROUNDS_TO_ZERO[dtype])
+    sums.copy_(sample_sums(x, len(sums), 1 if ranks is None else ranks.size, moments, cast))
+
+
 def _no_nan(amaxes: Tensor) -> Tensor:
     """What is not finite as inf: a maximum over ranks or weights loses NaN, but not inf."""
     return torch.where(amaxes.isfinite(), amaxes, torch.inf)
@@ -223,6 +273,7 @@ class DelayedScaling(nn.Module):
     Buffers (saved): history [H, N] and scale, last_amax, saturation [N] float32; saturated_steps, nonfinite_steps [N] and
     steps [] int64; channel_amax and channel_scale [L, F] float32, if L activations have channel scales. `saturation` is
     the last step's amax over the largest magnitude its scale could hold: above 1 it clamped.
+    Not saved: largest [N], the history's maximum; jump [N], the last step's amax over the one before (0: unknown).
     """
 
     history: Tensor
@@ -232,9 +283,12 @@ class DelayedScaling(nn.Module):
     saturated_steps: Tensor
     nonfinite_steps: Tensor
     steps: Tensor
+    largest: Tensor
+    jump: Tensor
     fp8_max: Tensor
     is_gradient: Tensor
     is_weight: Tensor
+    is_current: Tensor
     weight_index: Tensor
     channel_amax: Tensor
     channel_scale: Tensor
@@ -243,7 +297,9 @@ class DelayedScaling(nn.Module):
         super().__init__()
         self.names = list(slots)
         self.slots = tuple(slots.values())  # a tuple: they are the layers' submodules, not ours
+        self.weights = frozenset(name for name, slot in slots.items() if isinstance(slot, WeightScale))
         self.recipe = recipe
+        self.current: list[str] = []  # as `use_current` was told
         n = len(self.slots)
         # Named dtypes: under torchtitan's training.dtype the default one may be bfloat16.
         self.register_buffer("history", torch.zeros(recipe.history, n, dtype=torch.float32))
@@ -252,9 +308,12 @@ class DelayedScaling(nn.Module):
         self.register_buffer("saturated_steps", torch.zeros(n, dtype=torch.int64))
         self.register_buffer("nonfinite_steps", torch.zeros(n, dtype=torch.int64))
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+        for name in ("largest", "jump"):
+            self.register_buffer(name, torch.zeros(n, dtype=torch.float32), persistent=False)
         self.register_buffer("fp8_max", torch.zeros(n, dtype=torch.float32), persistent=False)
         self.register_buffer("is_gradient", torch.zeros(n, dtype=torch.bool), persistent=False)
         self.register_buffer("is_weight", torch.zeros(n, dtype=torch.bool), persistent=False)
+        self.register_buffer("is_current", torch.zeros(n, dtype=torch.bool), persistent=False)
         self.weight_slots = tuple(
             slot for slot in self.slots if isinstance(slot, WeightScale) and not isinstance(slot, FoldedScale)
         )
@@ -269,6 +328,9 @@ class DelayedScaling(nn.Module):
         matrices = sum(len(slot.linears) for slot in self.weight_slots)
         self.register_buffer("weight_index", torch.zeros(matrices, dtype=torch.int64), persistent=False)
         self.skipped: Tensor | None = None  # [] bool, set by the trainer: this step's gradients overflowed
+        # Set by the trainer: parameter -> amax of this rank's part of it (0-dim float32), as the optimizer's last step left
+        # it; 0 where that step changed nothing. Unless all weights are there, they are read once more.
+        self.stepped: Mapping[Tensor, Tensor] = {}
         self.register_load_state_dict_post_hook(lambda module, _: module.refresh())  # type: ignore
 
     def init_weights(self) -> None:
@@ -293,6 +355,8 @@ class DelayedScaling(nn.Module):
         if self.steps.is_meta:
             return
         self._write_slots()
+        self.largest.copy_(torch.where(self.is_weight, 0.0, self.history.amax(0)))
+        self.jump.zero_()
         self.recipe.calibrating = int(self.steps) == 0
 
     @torch.no_grad()
@@ -300,18 +364,27 @@ class DelayedScaling(nn.Module):
         """Scale the weights by their amaxes of now. To be called, on every rank, when something but a step changed them."""
         if self.scale.is_meta or not (self.weight_slots or self.folded_slots):
             return
-        now, _, columns = self._amaxes()
+        now, _, columns = self._amaxes({})
         self._fold(now, columns)
         fresh = scale_from_amax(now, self.fp8_max, 0, self.recipe.power_of_two)
         self.scale.copy_(torch.where(self.is_weight, fresh, self.scale))
+        self.last_amax.copy_(torch.where(self.is_weight, now, self.last_amax))
         self._write_slots()
 
-    def _amaxes(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def _amaxes(self, known: Mapping[Tensor, Tensor]) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Over all ranks, inf where not finite: [N] the amax of every slot and every weight, but those that are folded;
-        [L, F] of activations' features, and [L, F] of folded weights' columns, which are not divided by anything yet."""
+        [L, F] of activations' features, and [L, F] of folded weights' columns, which are not divided by anything yet.
+
+        known: weights' amaxes, used if it has all of them; folded weights are always read.
+        """
         now = torch.stack([slot.amax for slot in self.slots])
         if self.weight_slots:
-            norms = torch._foreach_norm([w for slot in self.weight_slots for w in slot.weights()], torch.inf)
+            weights = [linear.weight for slot in self.weight_slots for linear in slot.linears]
+            if all(weight in known for weight in weights):
+                norms = [known[weight] for weight in weights]
+            else:
+                local = [w for slot in self.weight_slots for w in slot.weights()]
+                norms = list(torch._foreach_norm(local, torch.inf))
             now.scatter_reduce_(0, self.weight_index, _no_nan(torch.stack(norms).float()), "amax")
         features = columns = None
         if self.channel_slots:
@@ -342,13 +415,35 @@ class DelayedScaling(nn.Module):
         Those that are not finite show in `now`, and change nothing else."""
         if features is None or columns is None:
             return
-        now.index_copy_(0, self.channel_index, (features * self.channel_scale).amax(1))
+        cast = features * self.channel_scale
         seen = torch.where(features.isfinite(), features, 0.0)
         self.channel_amax.copy_(torch.maximum(seen, self.channel_amax * 2.0 ** (-1 / HALF_LIFE)))
         self.channel_scale.copy_(channel_scales(self.channel_amax, columns, HEADROOM + self.recipe.margin))
+        # What the first step saw is told as later steps will tell it, so that it can be compared.
+        cast = features * self.channel_scale if self.recipe.calibrating else cast
+        now.index_copy_(0, self.channel_index, cast.amax(1))
+
+    def use_current(self, names: Iterable[str]) -> None:
+        """Scale these tensors, and no others, by their own amaxes (weights always are) until told otherwise.
+
+        While there are any, every FP8 tensor's amax is taken before its cast, with one all-reduce each: torch.compile then
+        needs one more graph and no more, and nothing waits for the device. Histories go on. Every rank calls it with the
+        same names, between steps. Raises ValueError for a name that is no FP8 tensor, or a weight.
+        """
+        named = set(names)
+        movable = {
+            n for n, slot in zip(self.names, self.slots, strict=True) if not isinstance(slot, WeightScale)
+        }
+        if unknown := sorted(named - movable):
+            raise ValueError(f"current scaling is for FP8 tensors other than weights, got {unknown[0]}")
+        self.current = [name for name in self.names if name in named]
+        self.is_current.copy_(torch.tensor([name in named for name in self.names]))
+        self.recipe.current = bool(named)
+        self._write_slots()
 
     def _write_slots(self) -> None:
-        torch._foreach_copy_([slot.scale for slot in self.slots], list(self.scale.unbind()))
+        scales = torch.where(self.is_current, 0.0, self.scale)
+        torch._foreach_copy_([slot.scale for slot in self.slots], list(scales.unbind()))
         torch._foreach_zero_([slot.amax for slot in self.slots])
         if self.channel_slots:
             slots = [slot.channel_scale for slot in self.channel_slots]
@@ -363,15 +458,18 @@ class DelayedScaling(nn.Module):
         that saw nothing keeps its scale. In a step that was `skipped`, no gradient's amax enters either: one that is huge
         and just finite would flush that tensor to zero for `history` steps. No host synchronisation.
         """
-        now, features, columns = self._amaxes()
+        now, features, columns = self._amaxes(self.stepped)
         self._take_channels(now, features, columns)
         self._fold(now, columns)
+        now = torch.where(self.is_weight & (now == 0), self.last_amax, now)  # not stepped: what it was
         finite = now.isfinite()
         self.nonfinite_steps += ~finite
         if not self.recipe.calibrating:
-            self.saturation.copy_((now * self.scale / self.fp8_max).masked_fill(self.is_weight, 1.0))
+            exact = self.is_weight | self.is_current
+            self.saturation.copy_((now * self.scale / self.fp8_max).masked_fill(exact, 1.0))
             # Rounding alone can put it a little above 1.
             self.saturated_steps += finite & (self.saturation > 1 + 1e-6)
+        self.jump.copy_(torch.where(self.largest > 0, now / self.largest, 0.0))
 
         rows = self.history.shape[0]
         row = self.steps % rows
@@ -389,6 +487,7 @@ class DelayedScaling(nn.Module):
         self.scale.copy_(torch.where(largest > 0, fresh, self.scale))
         if self.channel_slots:
             self.scale.index_fill_(0, self.channel_index, 1.0)
+        self.largest.copy_(largest)
         self.last_amax.copy_(now)
         self.steps += 1
         self._write_slots()
@@ -399,6 +498,7 @@ class DelayedScaling(nn.Module):
         """The loss scale changed by `factor`: so will every gradient's amax. Keeps histories and scales in step with it."""
         factors = torch.where(self.is_gradient, factor, 1.0)
         self.history *= factors
+        self.largest *= factors
         self.scale /= factors
         self._write_slots()
 
@@ -418,6 +518,10 @@ class DelayedScaling(nn.Module):
             name: {key: column[i] for key, column in zip(keys, table, strict=True)}
             for i, name in enumerate(self.names)
         }
+
+    def headroom(self) -> Tensor:
+        """[N] float32: log2 of how far the last step's amax was below what its scale could hold; NaN: unknown."""
+        return torch.where(self.saturation > 0, 0 - self.saturation.log2(), torch.nan)
 
     def extra_repr(self) -> str:
         return f"tensors={len(self.slots)}, {self.recipe}"

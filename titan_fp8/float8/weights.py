@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from .formats import E4M3, saturating_cast
+from .formats import E4M3
+from .kernels.cast import cast_rows
 
 if TYPE_CHECKING:
     from .scaling import WeightScale
@@ -112,7 +113,7 @@ class ShardedWeight(Tensor):
         self, mesh, outer_size, outer_stride, module, mp_policy
     ) -> tuple[tuple[Tensor, ...], Any]:
         rows = self.rows if mp_policy.param_dtype is None else self.rows.to(mp_policy.param_dtype)
-        q = saturating_cast(rows, self.slot.multiplier(), E4M3).view(torch.uint8)
+        q = cast_rows(rows, self.slot.multiplier(), E4M3).view(torch.uint8)
         missing = -(-outer_size[0] // mesh.size()) - len(q)  # ranks at the end may have fewer rows
         return (nn.functional.pad(q, (0, 0, 0, missing)) if missing else q,), None
 

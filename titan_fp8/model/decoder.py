@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torchtitan.protocols.model import ModelProtocol
 
 from titan_fp8.loss import ChunkedLoss
+from titan_fp8.probe import AttentionSite, Observer, sites
 from titan_fp8.tensor_parallel import (
     Ranks,
     by_rank,
@@ -191,7 +192,7 @@ class FanOut(nn.Module):
 
 
 class Attention(nn.Module):
-    def __init__(self, args: DecoderArgs):
+    def __init__(self, args: DecoderArgs, observer: Observer):
         super().__init__()
         self.head_dim = args.head_dim
         self.wq = Linear(args.dim, args.n_heads * args.head_dim)
@@ -201,16 +202,22 @@ class Attention(nn.Module):
         self.wo = Linear(args.n_heads * args.head_dim, args.dim)
         self.q_norm = make_qk_norm(args)
         self.k_norm = make_qk_norm(args)
+        self.softmax_scale = args.softmax_scale
         self.inner_attention: nn.Module = CausalAttention(args.softmax_scale)
+        self.probes = sites(observer, "qkv_in", "q", "k", "v", "attention_out")
+        self.probes["logits"] = AttentionSite(observer)
 
     def forward(self, x_BSD: Tensor, cos_SC: Tensor, sin_SC: Tensor) -> Tensor:
+        x_BSD = self.probes["qkv_in"](x_BSD)
         q_BSHC, k_BSKC, v_BSKC = (
             y.unflatten(-1, (-1, self.head_dim)) for y in self.wqkv(x_BSD, self.wq, self.wk, self.wv)
         )
-        q_BSHC = apply_rope(self.q_norm(q_BSHC), cos_SC, sin_SC)
-        k_BSKC = apply_rope(self.k_norm(k_BSKC), cos_SC, sin_SC)
+        q_BSHC = self.probes["q"](apply_rope(self.q_norm(q_BSHC), cos_SC, sin_SC))
+        k_BSKC = self.probes["k"](apply_rope(self.k_norm(k_BSKC), cos_SC, sin_SC))
+        v_BSKC = self.probes["v"](v_BSKC)
+        self.probes["logits"](q_BSHC, k_BSKC, self.softmax_scale)
         o_BHSC = self.inner_attention(q_BSHC.transpose(1, 2), k_BSKC.transpose(1, 2), v_BSKC.transpose(1, 2))
-        return self.wo(o_BHSC.transpose(1, 2).flatten(2))
+        return self.wo(self.probes["attention_out"](o_BHSC.transpose(1, 2).flatten(2)))
 
 
 class FeedForward(nn.Module):
@@ -223,7 +230,7 @@ class FeedForward(nn.Module):
     tp: Ranks | None = None
     by_token = False
 
-    def __init__(self, args: DecoderArgs):
+    def __init__(self, args: DecoderArgs, observer: Observer | None = None):
         super().__init__()
         self.activation = args.activation
         self.w1 = Linear(args.dim, args.hidden_dim)
@@ -231,32 +238,38 @@ class FeedForward(nn.Module):
         self.w3 = Linear(args.dim, args.hidden_dim) if self.activation in GATED else None
         self.up = FanOut("w1") if self.w3 is None else FanOut("w1", "w3")
         self.act = XIELU() if self.activation == "xielu" else None
+        self.probes = sites(observer or Observer(), "ffn_up", "ffn_act", "ffn_out")
 
     def forward(self, x_BSD: Tensor) -> Tensor:
+        up, act, out = (self.probes[name] for name in ("ffn_up", "ffn_act", "ffn_out"))
         if self.w3 is None:
             (h_BSF,) = self.up(x_BSD, self.w1)
-            return self.w2(gelu(h_BSF) if self.act is None else self.act(h_BSF))
+            h_BSF = up(h_BSF)
+            return out(self.w2(act(gelu(h_BSF) if self.act is None else self.act(h_BSF))))
         gate_BSF, up_BSF = self.up(x_BSD, self.w1, self.w3)
+        up.pair(gate_BSF, up_BSF)
         if not self.by_token:
-            return self.w2(swiglu(gate_BSF, up_BSF))
+            return out(self.w2(act(swiglu(gate_BSF, up_BSF))))
         z_BSF, inverse_scale_BS1 = smooth_swiglu(gate_BSF, up_BSF, self.tp)
-        return self.w2(z_BSF) * own_stretch(inverse_scale_BS1, self.tp)
+        return out(self.w2(act(z_BSF)) * own_stretch(inverse_scale_BS1, self.tp))
 
     def extra_repr(self) -> str:
         return f"activation={self.activation}"
 
 
 class Block(nn.Module):
-    def __init__(self, args: DecoderArgs):
+    def __init__(self, args: DecoderArgs, observer: Observer):
         super().__init__()
         self.post_norm = args.norm_placement == "post"
         gain = args.post_norm_gain if self.post_norm else 1.0
-        self.attention = Attention(args)
+        self.attention = Attention(args, observer)
         self.attention_norm = RMSNorm(args.dim, args.norm_eps, gain)
-        self.feed_forward = FeedForward(args)
+        self.feed_forward = FeedForward(args, observer)
         self.ffn_norm = RMSNorm(args.dim, args.norm_eps, gain)
+        self.probes = sites(observer, "residual")
 
     def forward(self, x_BSD: Tensor, cos_SC: Tensor, sin_SC: Tensor) -> Tensor:
+        x_BSD = self.probes["residual"](x_BSD)
         if self.post_norm:
             h_BSD = x_BSD + self.attention_norm(self.attention(x_BSD, cos_SC, sin_SC))
             return h_BSD + self.ffn_norm(self.feed_forward(h_BSD))
@@ -283,7 +296,8 @@ class Decoder(ModelProtocol):
         super().__init__(args)
         self.model_args = args
         self.tok_embeddings = Embedding(args.vocab_size, args.dim)
-        self.layers = nn.ModuleDict({str(i): Block(args) for i in range(args.n_layers)})
+        self.observer = Observer()
+        self.layers = nn.ModuleDict({str(i): Block(args, self.observer) for i in range(args.n_layers)})
         self.norm = RMSNorm(args.dim, args.norm_eps) if args.final_norm else None
         self.output = None if args.tie_embeddings else Linear(args.dim, args.vocab_size)
         self.loss: nn.Module = ChunkedLoss()

@@ -20,6 +20,7 @@ logger = logging.getLogger()
 
 Row = dict[str, Any]
 GIB = 1024**3
+RISK_SHOWN = 0.3  # of divergence: below it, a row says nothing about it
 
 
 class NoColor:
@@ -94,6 +95,14 @@ class Console:
             self._bar.set_postfix_str(postfix, refresh=False)
             self._bar.update(row["step"] - self._bar.n)
 
+    def roll_back(self, step: int) -> None:
+        """The run goes on from `step`, with what was shown of later steps undone."""
+        self._timed_from = None
+        self._validation = [row for row in self._validation if row["step"] <= step]
+        if self._bar is not None:
+            self._bar.n = step
+            self._bar.refresh()
+
     def _line(self, row: Row, eta: str) -> str:
         """torchtitan's fields in its order (tps, tflops per device), then the time left and FP8 clamping."""
         c, ranks = self._color, self._run["ranks"]
@@ -113,6 +122,8 @@ class Console:
             f"{c.magenta}mfu: {mfu}  "
             f"{c.reset}eta: {eta}"
         )
+        if row.get("risk", 0) >= RISK_SHOWN:
+            line += f"  {c.red}risk: {row['risk']:.2f} ({row['cause']}){c.reset}"
         fp8 = row.get("fp8")
         if fp8 and fp8["saturated_tensors"]:
             line += (

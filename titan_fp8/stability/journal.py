@@ -1,7 +1,11 @@
 """metrics.jsonl: a run's numbers on disk, one JSON object per line, readable with one line of any language.
 
 Every row has "kind" and "step". "run" rows say what (re)started at that step, "train" rows hold the logged
-steps, "validation" rows the held-out losses. A number that is not finite is written as null and its key is
+steps, "validation" rows the held-out losses, "action" rows what the policy did (stability/policy.py): "action", "cause",
+"why", and where they apply "until", "tensors", "target", "times". After a roll-back the rows beyond its target are in
+metrics.dropped.jsonl, and an "action" row of the target's step says from which step ("from").
+
+A number that is not finite is written as null and its key is
 listed under "nonfinite" (JSON has no NaN); a null that is not listed there is unknown. Example:
 
     {"kind": "train", "step": 40, "loss": null, "grad_norm": 1.5, "nonfinite": ["loss"]}
@@ -12,6 +16,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
@@ -49,9 +54,9 @@ def read(path: Path) -> list[dict[str, Any]]:
         return [row for line in file if (row := _parse(line)) is not None]
 
 
-def _belongs(row: dict[str, Any] | None, step: int) -> bool:
+def _belongs(row: dict[str, Any], step: int) -> bool:
     """Whether an earlier process's row still holds when the run goes on from `step` (0: it starts anew)."""
-    if row is None or step == 0:
+    if step == 0:
         return False
     # The process that starts now writes its own "run" row for `step`.
     return row["step"] < step or (row["step"] == step and row.get("kind") != "run")
@@ -70,16 +75,23 @@ class Journal:
         self.kept: list[dict[str, Any]] = []
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if self.path.exists():
-            self._drop_rows_beyond(step)
+            self._keep(lambda row: _belongs(row, step))
         self._file: IO[str] = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - open as long as the run
 
-    def _drop_rows_beyond(self, step: int) -> None:
+    def roll_back(self, step: int) -> None:
+        """The run goes back to `step` and trains on from there: rows beyond move aside, as in a restart."""
+        self._file.close()
+        self.kept = []
+        self._keep(lambda row: row["step"] <= step)
+        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - open as long as the run
+
+    def _keep(self, belongs: Callable[[dict[str, Any]], bool]) -> None:
         keep, drop = [], []
         with open(self.path, encoding="utf-8", errors="replace") as file:
             for line in file:
                 row = _parse(line)
                 # A line without its newline was being written when the run died.
-                if row is not None and line.endswith("\n") and _belongs(row, step):
+                if row is not None and line.endswith("\n") and belongs(row):
                     keep.append(line)
                     self.kept.append(row)
                 else:

@@ -207,7 +207,10 @@ def split_name(series: str) -> tuple[int | None, str, str]:
 
 
 def series_of(row: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers of a metrics.jsonl row by series, nested ones too. Null: NaN if listed as "nonfinite", else left out."""
+    """The numbers of a metrics.jsonl row by series, nested ones too. Null: NaN if listed as "nonfinite", else left out.
+
+    What is nested under "statistics" is named without that.
+    """
     nonfinite = row.get("nonfinite")
     found = dict.fromkeys(nonfinite, math.nan) if isinstance(nonfinite, list) else {}
 
@@ -218,7 +221,8 @@ def series_of(row: Mapping[str, Any]) -> dict[str, float]:
             elif isinstance(value, (int, float)) and not isinstance(value, bool):
                 found[prefix + key] = float(value)
 
-    walk({key: value for key, value in row.items() if key != "step"}, "")
+    walk({key: value for key, value in row.items() if key not in ("step", "statistics")}, "")
+    walk(row.get("statistics", {}), "")
     return found
 
 

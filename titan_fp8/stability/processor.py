@@ -14,6 +14,7 @@ for it may have any length: step 1, the last step, the first log after a resume.
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Callable
@@ -33,9 +34,13 @@ import titan_fp8
 from titan_fp8.stability.console import GIB, Console
 from titan_fp8.stability.exporter import Exporter
 from titan_fp8.stability.journal import Journal
+from titan_fp8.stability.predictor import Prediction, Predictor, series_of
+from titan_fp8.stability.statistics import Table
 
 if TYPE_CHECKING:
     from torchtitan.protocols import BaseModelArgs
+
+    from titan_fp8.stability.policy import Action
 
 Report = dict[str, dict[str, float]]
 """Per FP8 tensor: "amax", "scale", "saturation" (amax * scale / largest FP8 number), "saturated_steps" and
@@ -75,24 +80,32 @@ class TitanMetricsProcessor(MetricsProcessor):
 
     The trainer may set, before `resume`:
         fp8_report: returns a Report. Called on every rank, only when logging; it may be a collective.
+        statistics: returns a statistics.Table, the same on every rank. Called as fp8_report is.
         unigram_entropy: loss of a model that knows token frequencies alone, nats per token.
         next_command: what the user could type after this run.
         log_folder: where the console output of all ranks is kept.
 
     `log` reads from `extra_metrics`: n_tokens_seen (all ranks, since the first start of the run), lr,
     bits_per_byte, loss_scale, skipped_steps, nonfinite_steps (totals). `log_validation` reads bits_per_byte.
-    All of them go to TensorBoard too. `exporter` is None except on rank 0 with `[prometheus] enable`.
+    All of them go to TensorBoard too. `prediction` is that of the last logged row, equal on all ranks, since all see
+    equal values; `state_dict` is what the monitor must remember over a restart. `exporter` is None except on rank 0 with
+    `[prometheus] enable` or `textfile`.
 
-    Raises UserError where the Prometheus port cannot be used.
+    Raises UserError where Prometheus' port or files cannot be used.
     """
 
     def __init__(self, job_config: JobConfig, parallel_dims: ParallelDims, tag: str | None = None):
         super().__init__(job_config, parallel_dims, tag)
         self.fp8_report: Callable[[], Report] | None = None
+        self.statistics: Callable[[], Table] | None = None
+        self.predictor = Predictor()
+        self.prediction: Prediction | None = None
         self.unigram_entropy: float | None = None
         self.next_command: str | None = None
         self.log_folder: str | None = None
         self.exporter: Exporter | None = None
+        self.report: Report = {}  # of the last logged step, as fp8_report gave it
+        self.actions: dict[tuple[str, str], int] = {}  # (action, cause) -> how often, over the whole run
 
         # torchtitan's merged class gains our sections at run time: a type checker cannot know them.
         ours: Any = job_config
@@ -110,11 +123,11 @@ class TitanMetricsProcessor(MetricsProcessor):
         self._window_peaks = (-1.0, -1.0)  # active, reserved GiB before a validation inside the window
         self._aside: tuple[int, float] | None = None  # the window's tokens and seconds, during a validation
 
-        if self._is_writer and ours.prometheus.enable:
-            host = ours.prometheus.host
-            self.exporter = Exporter(host, ours.prometheus.port, ours.prometheus.next_free_port)
-            logger.info(f"Prometheus metrics at http://{host}:{self.exporter.start()}/metrics")
-            self.exporter.set("titan_fp8_run_info", 1, **self._identity)
+        served = vars(ours.prometheus).copy()
+        textfile, enable = served.pop("textfile"), served.pop("enable")
+        if self._is_writer and (enable or textfile):
+            self.exporter = Exporter(served if enable else None, textfile)
+            logger.info(f"Prometheus metrics at {' and '.join(self.exporter.start())}")
 
     def resume(self, step: int) -> None:
         """The next step trained is `step` + 1 (0: a fresh run). Opens metrics.jsonl, less rows beyond."""
@@ -136,7 +149,8 @@ class TitanMetricsProcessor(MetricsProcessor):
         self._journal.write(row)
         self._console = Console(row, self._journal.kept, self.color)
         if self.exporter:
-            self.exporter.set_total("titan_fp8_steps_total", step)
+            self.exporter.update(row)
+            self.exporter.set_actions(self.actions)  # of a checkpoint that was loaded
 
     def should_log(self, step: int) -> bool:
         """As torchtitan (step 1 and every log_freq steps), and the last step."""
@@ -157,7 +171,7 @@ class TitanMetricsProcessor(MetricsProcessor):
         assert self.num_flops_per_token > 0, "num_flops_per_token must be set"
         extra = dict(extra_metrics or {})
         window = self._measure_window(step)
-        report = self.fp8_report() if self.fp8_report else {}
+        self.report = report = self.fp8_report() if self.fp8_report else {}
         losses = {
             "loss": float(global_avg_loss),
             "loss_max": float(global_max_loss),
@@ -166,13 +180,57 @@ class TitanMetricsProcessor(MetricsProcessor):
         row = self._train_row(step, losses, window, extra)
         if report:
             row["fp8"] = fp8_summary(report)
+        if self.statistics is not None:
+            row["statistics"] = self.statistics()
+        self._predict(row)
         self.logger.log(self._tensorboard(row, window.memory, extra), step)
         if self._is_writer:
             assert self._journal is not None and self._console is not None
             self._journal.write(row)
             self._console.train(row)
-            self._export(row, report)
+            if self.exporter:
+                self.exporter.update(row)
         self._begin_window(step)
+
+    def _predict(self, row: dict[str, Any]) -> None:
+        """Add to a train row what the predictor says of it."""
+        told = self.predictor.update(row["step"], series_of(row))
+        self.prediction = told
+        row["risk"] = float(f"{told.risk:.6g}")
+        row["cause"] = told.cause.series if told.cause else None
+        row["cause_kind"] = told.cause.kind if told.cause else None
+        steps = told.steps_to_saturation
+        row["steps_to_saturation"] = steps and [
+            float(f"{count:.6g}") if math.isfinite(count) else None for count in steps
+        ]
+
+    def state_dict(self) -> dict[str, str]:
+        """What the monitor has learned, as JSON text."""
+        return {"predictor": json.dumps(self.predictor.state_dict())}
+
+    def load_state_dict(self, state: dict[str, str]) -> None:
+        """Go on from a `state_dict`. Raises UserError for a predictor's of another version."""
+        self.predictor.load_state_dict(json.loads(state["predictor"]))
+
+    def act(self, step: int, action: Action, counts: dict[tuple[str, str], int]) -> None:
+        """Tell of what the policy did after `step`: a line, and an "action" row. All ranks call it."""
+        self.actions = counts
+        if self._is_writer:
+            assert self._journal is not None, "resume(step) comes before the first action"
+            logger.warning(f"Step {step}: {action}")
+            self._journal.write(action.row(step))
+            if self.exporter:
+                self.exporter.set_actions(counts)
+
+    def roll_back(self, action: Action, since: int) -> None:
+        """The run goes back to the action's target, from step `since`, and is measured from there. All ranks call it."""
+        assert action.target is not None
+        self._begin_window(action.target)
+        if self._is_writer:
+            assert self._journal is not None and self._console is not None
+            self._journal.roll_back(action.target)
+            self._journal.write(action.row(action.target) | {"from": since})
+            self._console.roll_back(action.target)
 
     def begin_validation(self) -> None:
         """Put the window aside: a validation's time and tokens are not training's.
@@ -208,8 +266,7 @@ class TitanMetricsProcessor(MetricsProcessor):
         self._journal.write(row)
         self._console.validation(row)
         if self.exporter:
-            for key in row.keys() - {"kind", "step"}:
-                self.exporter.set(f"titan_fp8_{key}", row[key])
+            self.exporter.update(row)
 
     def summary(self) -> list[str]:
         """Lines to print on rank 0 at the end: results, where things lie, and what to try next."""
@@ -324,52 +381,11 @@ class TitanMetricsProcessor(MetricsProcessor):
             "throughput(tps, all ranks)": row["tokens_per_second"],
             **extra,
         }
+        tags["stability/risk"] = row["risk"]
         if "fp8" in row:
             tags["fp8/saturated_tensors"] = row["fp8"]["saturated_tensors"]
             tags["fp8/max_saturation"] = row["fp8"]["max_saturation"]
         return {tag: value for tag, value in tags.items() if value is not None}
-
-    def _export(self, row: dict[str, Any], report: Report) -> None:
-        """Hand a train row and the FP8 report to Prometheus, as far as known."""
-        if self.exporter is None:
-            return
-        gauges = {
-            "loss": row["loss"],
-            "loss_max": row["loss_max"],
-            "grad_norm": row["grad_norm"],
-            "learning_rate": row["lr"],
-            "step_seconds": row["step_seconds"],
-            "tokens_per_second": row["tokens_per_second"],
-            "data_loading_seconds": row["data_seconds"],
-            "memory_active_peak_bytes": row["memory_active_bytes"],
-            "memory_reserved_peak_bytes": row["memory_reserved_bytes"],
-            "model_flops_utilization_ratio": row["mfu"],
-            "bits_per_byte": row.get("bits_per_byte"),
-            "loss_scale": row.get("loss_scale"),
-            "last_log_timestamp_seconds": time.time(),
-        }
-        totals = {
-            "steps": row["step"],
-            "tokens": row["tokens"],
-            "skipped_steps": row.get("skipped_steps"),
-            "nonfinite_steps": row.get("nonfinite_steps"),
-        }
-        for name, value in gauges.items():
-            if value is not None:
-                self.exporter.set(f"titan_fp8_{name}", value)
-        for name, value in totals.items():
-            if value is not None:
-                self.exporter.set_total(f"titan_fp8_{name}_total", value)
-        if "nonfinite_steps" not in row:
-            # The trainer does not count them: count those that are logged.
-            finite = math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])
-            self.exporter.inc("titan_fp8_nonfinite_steps_total", 0 if finite else 1)
-        for tensor, values in report.items():
-            self.exporter.set("titan_fp8_fp8_amax", values["amax"], tensor=tensor)
-            self.exporter.set("titan_fp8_fp8_scale", values["scale"], tensor=tensor)
-            self.exporter.set("titan_fp8_fp8_saturation_ratio", values["saturation"], tensor=tensor)
-            for key in ("saturated_steps", "nonfinite_steps"):
-                self.exporter.set_total(f"titan_fp8_fp8_{key}_total", values[key], tensor=tensor)
 
 
 def build_metrics_processor(

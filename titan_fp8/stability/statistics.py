@@ -1,14 +1,48 @@
 """What the device knows about the health of a step, without waiting for it.
 
-First cut: where a step first went non-finite. Every block's output sets a flag on the device; the trainer adds the loss and
-the gradients, and the host looks only where it synchronises anyway (when logging, and before a checkpoint).
+`FiniteWatch`: where a step first went non-finite. Every block's output sets a flag on the device; the trainer adds the loss
+and the gradients, and the host looks only where it synchronises anyway (when logging, and before a checkpoint).
+
+`Statistics`: a table of numbers that foretell divergence (arXiv 2505.20524, section 4; 2409.12517, section 4), of the last
+micro-batch of an observed step. Of a site (titan_fp8/probe.py), over all its elements that are finite:
+
+    mean = sum x / n       rms = sqrt(sum x^2 / n)       amax = max |x|
+    kurtosis = mean over samples of n_b sum x^4 / (sum x^2)^2        uncentred, as the FOG authors have it: 3 for a Gaussian
+
+Per sample, for a rank has whole samples under FSDP. Under tensor parallel it has parts of them: the sums are added first.
+Attention: logit_max, entropy. FP8 tensors: headroom = log2(fp8_max / (amax scale)), amax_jump = amax / max of its history,
+saturated_share and underflowed_share of the elements. Matrices: weight_rms, update_rms (of every 64th row, exact). Gated
+feed-forwards: largest and 99.9 % quantile of |cos| between the rows of w1 and w3 that meet in a product; the quantile from a
+histogram of angles, 0.09 degrees wide, since a rank has some of the rows. Where SwiGLU's outliers come from, it goes to 1.
 """
 
 from __future__ import annotations
 
+import math
+import re
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from titan_fp8.probe import (
+    AMAX,
+    ELEMENTS,
+    FOURTHS,
+    NONFINITE,
+    PIECE,
+    SATURATED,
+    SQUARES,
+    SUM,
+    UNDERFLOWED,
+    AttentionSite,
+    Observer,
+    Probe,
+    Site,
+)
 
 
 class FiniteWatch:
@@ -71,3 +105,259 @@ class FiniteWatch:
         """Start anew after the host has dealt with what was recorded (counts of the whole run stay)."""
         self.step.zero_()
         self.longest.copy_(self.in_a_row)
+
+
+Table = dict[str, dict[str, float]]
+"""site -> statistic -> value, 6 significant digits. What is missing is unknown in this step."""
+
+ROWS = 64  # every so many rows of a matrix are compared with what they were before the step
+BINS = 1000  # of the angle between two rows, 0 to 90 degrees
+QUANTILE = 0.999
+DIGITS = 6
+KURTOSIS, SAMPLES = 7, 8  # columns beside those of the probe
+
+
+class Statistics:
+    """The statistics of one model on one rank. In an observed step, on every rank, the trainer calls in this order:
+
+        begin()             before the last micro-batch
+        end()               after its backward
+        before_update()     before the optimizer's step
+        collect()           after it, and after DelayedScaling.update
+
+    `batch`: samples of a micro-batch on this rank. `tp`: the tensor-parallel group. `scaling`: the model's DelayedScaling,
+    for headroom and jump of its tensors. `device`: where the model computes, if its parameters are offloaded.
+    Nothing here has to be in a checkpoint.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        observer: Observer,
+        batch: int,
+        tp: Any = None,
+        scaling: Any = None,
+        device: torch.device | None = None,
+    ):
+        self.observer, self.tp = observer, tp
+        self.probes: dict[str, Probe] = {}
+        self.attentions: dict[str, AttentionSite] = {}
+        self.sites: list[bool] = []  # of the probes: is it a site, with mean, rms, kurtosis and amax
+        home = next(model.parameters()).device
+        self.device = device = device or home
+        for path, module in model.named_modules():
+            if not isinstance(module, Probe):
+                continue
+            module.sums = torch.zeros(module.room(batch), dtype=torch.float64, device=device)
+            name = plain(path)
+            layer = re.match(r"layers\.\d+\.", name)
+            if isinstance(module, AttentionSite):
+                self.attentions[name.partition(".probes.")[0]] = module
+            elif isinstance(module, Site):
+                assert layer is not None, name
+                self.probes[layer[0] + name.rpartition(".")[2]] = module
+                self.sites.append(True)
+            else:
+                self.probes[name] = module
+                self.sites.append(False)
+        self.scaling = scaling
+        named = {plain(name): p for name, p in model.named_parameters()}
+        self.matrices = {name.removesuffix(".weight"): p for name, p in named.items() if p.dim() == 2}
+        gates = [name for name in self.matrices if name.endswith(".feed_forward.w3")]
+        self.gated = [name.removesuffix(".w3") for name in gates]
+        self.first_rows = [_first_row(p) for p in self.matrices.values()]
+        rows = self._rows()
+        counts = [[_inner(p).numel() for p in self.matrices.values()], [x.numel() for x in rows]]
+        self.counts = torch.tensor(counts, dtype=torch.float64, device=home)  # [2, W]
+        self._before: list[Tensor] = []
+
+    def begin(self) -> None:
+        probes = [*self.probes.values(), *self.attentions.values()]
+        torch._foreach_zero_([probe.sums for probe in probes])
+        self.observer.on = True
+
+    def end(self) -> None:
+        self.observer.on = False
+
+    @torch.no_grad()
+    def before_update(self) -> None:
+        """Remember every 64th row of each matrix."""
+        self._before = [row.clone() for row in self._rows()]
+
+    def _rows(self) -> list[Tensor]:
+        """Rows 0, 64, 128, ... of each whole matrix, as far as they are here."""
+        pairs = zip(self.matrices.values(), self.first_rows, strict=True)
+        return [_inner(p)[first::ROWS] for p, first in pairs]
+
+    @torch.no_grad()
+    def collect(self) -> Table:
+        """The table, the same on every rank. Two all-reduces, three under tensor parallel; one copy to the host."""
+        sums, maxima = self._reduced()
+        fp8 = []
+        if self.scaling is not None:
+            jump = self.scaling.jump
+            fp8 = [self.scaling.headroom().double(), torch.where(jump > 0, jump, torch.nan).double()]
+        numbers = torch.cat([sums, maxima, *fp8]).tolist()  # the one wait for the device
+        table = _Table(numbers)
+        self._tell_probes(table, len(sums))
+        self._tell_weights(table)
+        if self.scaling is not None:
+            table.seek(len(sums) + len(maxima))
+            for statistic in ("headroom", "amax_jump"):
+                for name in self.scaling.names:
+                    (value,) = table.take(1)
+                    if name not in self.scaling.weights and not math.isnan(value):
+                        table.put(name, statistic, value)
+        return table.found
+
+    def _reduced(self) -> tuple[Tensor, Tensor]:
+        """What is added over all ranks, and what is maximised; both [n] float64."""
+        samples = torch.stack([probe.sums for probe in self.probes.values()])  # [P, B, 8]
+        amax = samples[..., AMAX].amax(1)
+        samples = samples[..., :AMAX]
+        if self.tp is not None:
+            samples = samples.contiguous()
+            dist.all_reduce(samples, group=self.tp)
+            # All ranks of the group have the whole sums now, and all add them below.
+            samples /= self.tp.size()
+        squares = samples[..., SQUARES]
+        told = squares > 0
+        kurtosis = samples[..., FOURTHS] * samples[..., ELEMENTS] / torch.where(told, squares.square(), 1.0)
+        more = torch.stack((torch.where(told, kurtosis, 0.0), told.double()), -1)
+        sums = [torch.cat((samples, more), -1).sum(1).flatten()]
+        maxima = [amax]
+        if self.attentions:
+            attention = torch.stack([site.sums for site in self.attentions.values()])
+            sums.append(attention[:, 1:].flatten())
+            maxima.append(torch.where(attention[:, 2] > 0, attention[:, 0], -torch.inf))
+        sums.append(self._weight_sums())
+        for name in self.gated:
+            cosines = row_cosines(*(_inner(self.matrices[f"{name}.{part}"]) for part in ("w1", "w3")))
+            bins = (torch.acos(cosines) * (BINS / (math.pi / 2))).long().clamp(max=BINS - 1)
+            ones = torch.ones_like(bins, dtype=torch.float64)
+            sums.append(
+                torch.zeros(BINS, dtype=torch.float64, device=bins.device).scatter_add_(0, bins, ones)
+            )
+            nothing = cosines.new_zeros(1)  # a rank may have no row
+            maxima.append(torch.cat((cosines, nothing)).amax().double().view(1))
+        whole, largest = (torch.cat([x.to(self.device) for x in parts]) for parts in (sums, maxima))
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            dist.all_reduce(whole)
+            dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+        return whole, largest
+
+    def _weight_sums(self) -> Tensor:
+        """[4 W] float64: of each matrix its squares and elements, those of its update and elements compared."""
+        now, rows = [_inner(p) for p in self.matrices.values()], self._rows()
+        assert len(self._before) == len(rows), "before_update() comes before collect()"
+        changes = torch._foreach_sub([x.float() for x in rows], [x.float() for x in self._before])
+        self._before = []
+        device = now[0].device
+        columns = []
+        for tensors in (now, list(changes)):
+            tensors = [x if x.numel() else torch.zeros(1, device=device) for x in tensors]
+            columns.append(
+                torch.stack(torch._foreach_norm(tensors, 2.0, dtype=torch.float32)).double().square()
+            )
+        return torch.stack((columns[0], self.counts[0], columns[1], self.counts[1]), 1).flatten()
+
+    def _tell_probes(self, table: _Table, maxima: int) -> None:
+        names = list(self.probes)
+        for i, (name, site) in enumerate(zip(names, self.sites, strict=True)):
+            row = table.take(SAMPLES + 1)
+            n = row[ELEMENTS]
+            if row[NONFINITE]:
+                table.put(name, "nonfinite", round(row[NONFINITE]))
+            if not n:
+                continue
+            if site:
+                table.put(name, "mean", row[SUM] / n)
+            else:
+                table.put(name, "saturated_share", row[SATURATED] / n)
+                table.put(name, "underflowed_share", row[UNDERFLOWED] / n)
+            if site or row[SQUARES]:
+                table.put(name, "rms", math.sqrt(row[SQUARES] / n))
+                if row[SAMPLES]:
+                    table.put(name, "kurtosis", row[KURTOSIS] / row[SAMPLES])
+                table.put(name, "amax", table.at(maxima + i))
+        for i, name in enumerate(self.attentions):
+            entropy, rows = table.take(2)
+            if rows:
+                table.put(name, "logit_max", table.at(maxima + len(names) + i))
+                table.put(name, "entropy", entropy / rows)
+
+    def _tell_weights(self, table: _Table) -> None:
+        for name in self.matrices:
+            squares, n, changes, compared = table.take(4)
+            table.put(name, "weight_rms", math.sqrt(squares / n))
+            if compared:
+                table.put(name, "update_rms", math.sqrt(changes / compared))
+        histograms = [table.take(BINS) for _ in self.gated]
+        table.seek(table.position + len(self.probes) + len(self.attentions))
+        for name, histogram in zip(self.gated, histograms, strict=True):
+            above, angle = (1 - QUANTILE) * sum(histogram), 0
+            count = histogram[0]
+            while count <= above:
+                angle += 1
+                count += histogram[angle]
+            table.put(name, "alignment_max", table.take(1)[0])
+            table.put(name, "alignment_q999", math.cos((angle + 0.5) * math.pi / 2 / BINS))
+
+
+class _Table:
+    """Reads numbers in their order, and writes the table."""
+
+    def __init__(self, numbers: list[float]):
+        self.numbers, self.position, self.found = numbers, 0, {}
+
+    def take(self, count: int) -> list[float]:
+        self.seek(self.position + count)
+        return self.numbers[self.position - count : self.position]
+
+    def at(self, position: int) -> float:
+        return self.numbers[position]
+
+    def seek(self, position: int) -> None:
+        self.position = position
+
+    def put(self, site: str, statistic: str, value: float) -> None:
+        values = self.found.setdefault(site, {})
+        if math.isfinite(value):
+            values[statistic] = float(f"{value:.{DIGITS}g}")
+        else:  # an event, and no value
+            values["nonfinite"] = values.get("nonfinite", 0) + 1
+
+
+def plain(name: str) -> str:
+    """A module's or parameter's name without the wrappers of torch.compile and activation checkpointing."""
+    return name.replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", "")
+
+
+def _inner(p: Tensor) -> Tensor:
+    """This rank's part of a parameter, as a plain tensor."""
+    part = p.detach()
+    part = part.to_local() if isinstance(part, DTensor) else part
+    for wrapped in ("rows", "_tensor"):  # our ShardedWeight, torchao's: prepared to be gathered in FP8
+        part = getattr(part, wrapped, part)
+    return part
+
+
+def _first_row(p: Tensor) -> int:
+    """The first row here that is one of rows 0, 64, 128, ... of the whole matrix."""
+    if not isinstance(p, DTensor):
+        return 0
+    _, (offset, _) = compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)
+    return -offset % ROWS
+
+
+def row_cosines(a: Tensor, b: Tensor) -> Tensor:
+    """[R] float32: |cos| of the rows of a, b [R, K]. 0 where a row is zero or not finite."""
+    found = []
+    rows = max(1, PIECE // a.shape[1])
+    for x, y in zip(a.split(rows), b.split(rows), strict=True):
+        norms = torch.linalg.vector_norm(x, dim=1, dtype=torch.float32) * torch.linalg.vector_norm(
+            y, dim=1, dtype=torch.float32
+        )
+        cosines = (x.float() * y.float()).sum(1).abs() / norms
+        found.append(torch.where(cosines.isfinite(), cosines, 0.0).clamp(max=1.0))
+    return torch.cat(found)

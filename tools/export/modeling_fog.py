@@ -232,7 +232,8 @@ class FogModel(FogPreTrainedModel):
             h_BSD = block(h_BSD, rope, mask, past_key_values)
         if self.norm is not None:
             h_BSD = self.norm(h_BSD)
-        return BaseModelOutputWithPast(last_hidden_state=h_BSD, past_key_values=past_key_values)
+        # transformers 5.24 calls it `cache`; the old name works in every 5.x.
+        return BaseModelOutputWithPast(last_hidden_state=h_BSD, past_key_values=past_key_values)  # pyrefly: ignore
 
     def _rope(self, position_ids_BS: Tensor) -> tuple[Tensor, Tensor]:
         """cos, sin [B, S, C/2] float32. Computed each time: a buffer would be garbage after a lazy load."""
@@ -294,9 +295,12 @@ class FogForCausalLM(FogPreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int = 0,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """logits [B, S, V], or of the last `logits_to_keep` positions; with labels [B, S] (-100: ignored) the loss too."""
+        if past_key_values is None:  # transformers 5.24 and later say `cache`
+            past_key_values = cache
         out = self.model(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache)
         h_BSD = out.last_hidden_state[:, -logits_to_keep:]
         w_VD = self.model.tok_embeddings.weight if self.lm_head is None else self.lm_head.weight
@@ -306,4 +310,5 @@ class FogForCausalLM(FogPreTrainedModel, GenerationMixin):
             loss = self.loss_function(
                 logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
             )
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=out.past_key_values)
+        kept = out.past_key_values
+        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=kept)  # pyrefly: ignore

@@ -29,8 +29,15 @@ Rounding stochastically, up or down with the probability that makes the mean rig
 
 give a word for m, v and p each, so that a result depends neither on the launch nor, for matrices, on how they are sharded.
 
-`reference` is the same in plain PyTorch for one tensor, and what runs where there is no CUDA. The kernel does the same
-float32 operations in the same order (no fused multiply-add, IEEE division and root), so both give the same bits.
+`reference` is the same in plain PyTorch for one tensor, and what runs where there is no CUDA. The kernel computes m, v and
+their scales by the same float32 operations in the same order, so these have the same bits. For p it takes the fast root and
+reciprocal, whose exact forms are a third of all instructions, and fuses. With u = 2^-24, the two r then differ by at most
+    2u root + 2u reciprocal + 2u (sum and product here) + 4u (root, product, sum, quotient there) = 10u |r|
+to first order (IEEE errs by u, the approximations by 2u), and the two p, before they are rounded to p's dtype, by at most
+    10u lr |r| + 3u lr (|r| + wd |p|) + 2u |p| < 2^-20 lr (|r| + wd |p|) + 2^-23 |p|
+A root below 2^-63, which counts beside eps only if that is as small, is 0.
+
+A launch also takes the amax of the new p, as stored: the FP8 layers' weight scales need it, and here it costs no pass.
 """
 
 from __future__ import annotations
@@ -63,7 +70,9 @@ TRITON = {
     torch.bfloat16: tl.bfloat16,
     torch.float32: tl.float32,
 }
-TILE = 4096  # elements per program
+TILE = 4096  # elements per program, and
+LANES = 256  # at a time, by one warp
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 ROUNDS = 7  # of Philox; the fewest that pass BigCrush
 
 
@@ -263,26 +272,52 @@ def _round(y, word, DROPPED: tl.constexpr, NORMAL: tl.constexpr):
 
 
 @triton.jit
+def _larger(a, b):
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _root(x):
+    """sqrt(x) to 2^-23; 0 below 2^-126."""
+    if INTERPRETED:
+        return tl.sqrt(x)
+    return tl.inline_asm_elementwise(
+        "sqrt.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
+def _reciprocal(x):
+    """1 / x to 2^-23, for normal x; 0 from 2^126 on."""
+    if INTERPRETED:
+        return 1.0 / x
+    return tl.inline_asm_elementwise(
+        "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
 def _scale(amax, LARGEST: tl.constexpr):
-    """`formats.scale_from_amax`, of amaxes as int32 bit patterns."""
-    usable = (amax > 0) & (amax < 0x7F800000)
-    scale = tl.div_rn(1.0, tl.where(usable, amax.to(tl.float32, bitcast=True), 1.0)) * LARGEST
+    """`formats.scale_from_amax`."""
+    usable = (amax > 0) & (amax < float("inf"))
+    scale = tl.div_rn(1.0, tl.where(usable, amax, 1.0)) * LARGEST
     return tl.where(usable, tl.minimum(tl.maximum(scale, 2.0**-126), 2.0**126), 1.0)
 
 
 @triton.jit
 def _adam_kernel(
-    owners_ptr, tensors_ptr, grads_ptr, numbers_ptr, inverse_ptr, found_inf_ptr, amaxes_ptr,
+    owners_ptr, tensors_ptr, grads_ptr, numbers_ptr, inverse_ptr, found_inf_ptr, amaxes_ptr, p_amaxes_ptr,
     beta1, rest1, beta2, rest2, eps, weight_decay, seed,
     P: tl.constexpr, G: tl.constexpr, M: tl.constexpr, V: tl.constexpr,
     M_LARGEST: tl.constexpr, V_LARGEST: tl.constexpr, V_SMALLEST: tl.constexpr,
     P_DROPPED: tl.constexpr, M_DROPPED: tl.constexpr, V_DROPPED: tl.constexpr,
     P_NORMAL: tl.constexpr, M_NORMAL: tl.constexpr, V_NORMAL: tl.constexpr,
     RANDOM_M: tl.constexpr, RANDOM_P: tl.constexpr, ROUNDS: tl.constexpr,
-    WHOLE: tl.constexpr, PER_TENSOR: tl.constexpr, ONLY_AMAX: tl.constexpr,
-    BLOCK: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, LINES: tl.constexpr,
+    WHOLE: tl.constexpr, PER_TENSOR: tl.constexpr, ONLY_AMAX: tl.constexpr, VECTOR: tl.constexpr,
+    BLOCK: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr,
+    COLUMNS: tl.constexpr, LINES: tl.constexpr,
 ):  # fmt: skip
-    # A tile is ROWS blocks of one tensor. m and v: FP8 where LARGEST is not 0.
+    # A program takes BLOCKS blocks of one tensor, ROWS at a time. m and v: FP8 where LARGEST is not 0.
     owner = tl.load(owners_ptr + tl.program_id(0))
     grad_address = tl.load(grads_ptr + owner)
     if (tl.load(found_inf_ptr) != 0.0) | (grad_address == 0):
@@ -294,93 +329,123 @@ def _adam_kernel(
     ms_ptr = tl.load(line + 3).to(tl.pointer_type(tl.float32))
     vs_ptr = tl.load(line + 4).to(tl.pointer_type(tl.float32))
     g_ptr = grad_address.to(tl.pointer_type(G))
-    total, per_row, columns = tl.load(line + 5), tl.load(line + 6), tl.load(line + 7)
-    first = (tl.program_id(0) - tl.load(line + 8)) * ROWS
-    row0, column0 = tl.load(line + 9), tl.load(line + 10)
-
-    blocks = first + tl.arange(0, ROWS)
-    lane = tl.arange(0, PADDED)
-    exists = blocks < total
-    if WHOLE:
-        # Blocks lie end to end, so a tile is contiguous. Every row begins at a multiple of 16 elements.
-        start = first * BLOCK
-        p_ptr, g_ptr = tl.multiple_of(p_ptr, 16) + start, tl.multiple_of(g_ptr, 16) + start
-        m_ptr, v_ptr = tl.multiple_of(m_ptr, 16) + start, tl.multiple_of(v_ptr, 16) + start
-        offset = tl.arange(0, ROWS)[:, None] * BLOCK + lane[None, :]
-        inside = exists[:, None] & (lane >= 0)[None, :]
-    else:
-        column = (blocks % per_row) * BLOCK
-        offset = ((blocks // per_row) * columns + column)[:, None] + lane[None, :]
-        inside = exists[:, None] & (lane < BLOCK)[None, :] & (column[:, None] + lane[None, :] < columns)
-
-    g = tl.load(g_ptr + offset, mask=inside, other=0.0).to(tl.float32) * tl.load(inverse_ptr)
-    m = tl.load(m_ptr + offset, mask=inside, other=0.0).to(tl.float32)
-    v = tl.load(v_ptr + offset, mask=inside, other=0.0).to(tl.float32)
-    p = tl.load(p_ptr + offset, mask=inside, other=0.0).to(tl.float32)
-    if M_LARGEST > 0:
-        if PER_TENSOR:
-            m = m * tl.div_rn(1.0, tl.load(ms_ptr))
-        else:
-            m = m * tl.div_rn(1.0, tl.load(ms_ptr + blocks, mask=exists, other=1.0))[:, None]
-    if V_LARGEST > 0:
-        if PER_TENSOR:
-            v = v * tl.div_rn(1.0, tl.load(vs_ptr))
-        else:
-            v = v * tl.div_rn(1.0, tl.load(vs_ptr + blocks, mask=exists, other=1.0))[:, None]
-    m = m * beta1 + g * rest1
-    v = v * beta2 + g * g * rest2
-
-    # Bit patterns of non-negative floats order like the floats, and NaN's lie above inf's: an integer maximum keeps NaN.
-    m_amax = tl.max(tl.abs(m).to(tl.int32, bitcast=True), 1)
-    v_amax = tl.max(v.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1)
-    if ONLY_AMAX:
-        tl.atomic_max(amaxes_ptr + 2 * owner, tl.max(m_amax, 0), sem="relaxed")
-        tl.atomic_max(amaxes_ptr + 2 * owner + 1, tl.max(v_amax, 0), sem="relaxed")
-        return
-
+    total, per_row, columns = (
+        tl.load(line + 5).to(tl.int32),
+        tl.load(line + 6).to(tl.int32),
+        tl.load(line + 7),
+    )
+    first = (tl.program_id(0) - tl.load(line + 8).to(tl.int32)) * BLOCKS
+    row0, column0, number = (
+        tl.load(line + 9).to(tl.uint32),
+        tl.load(line + 10).to(tl.uint32),
+        tl.load(line + 11),
+    )
     constants = numbers_ptr + owner * LINES
-    lr, limit = tl.load(constants + 3), tl.load(constants + 2)
-    ratio = tl.div_rn(m * tl.load(constants), tl.sqrt_rn(v) * tl.load(constants + 1) + eps)
-    ratio = tl.clamp(ratio, -limit, limit, propagate_nan=tl.PropagateNan.ALL)
-    if tl.float16 == P:
-        p = p * tl.div_rn(1.0, tl.load(constants + 4))
-    p = p - lr * (ratio + weight_decay * p)
-    if tl.float16 == P:
-        p = p * tl.load(constants + 4)
+    correction1, correction2, limit = tl.load(constants), tl.load(constants + 1), tl.load(constants + 2)
+    lr, master, step = tl.load(constants + 3), tl.load(constants + 4), tl.load(constants + 5).to(tl.uint32)
+    inverse = tl.load(inverse_ptr)
+    if WHOLE:
+        # One layout for all tensors, so that nothing goes through shared memory: VECTOR consecutive elements for a thread.
+        p_ptr = tl.multiple_of(p_ptr, VECTOR * P.primitive_bitwidth // 8)
+        g_ptr = tl.multiple_of(g_ptr, VECTOR * G.primitive_bitwidth // 8)
+        m_ptr = tl.multiple_of(m_ptr, VECTOR * M.primitive_bitwidth // 8)
+        v_ptr = tl.multiple_of(v_ptr, VECTOR * V.primitive_bitwidth // 8)
+    if PER_TENSOR:
+        m_amax = tl.load(amaxes_ptr + 2 * owner).to(tl.float32, bitcast=True)
+        v_amax = tl.load(amaxes_ptr + 2 * owner + 1).to(tl.float32, bitcast=True)
+        m_decode = tl.div_rn(1.0, tl.load(ms_ptr)) if M_LARGEST > 0 else 1.0
+        v_decode = tl.div_rn(1.0, tl.load(vs_ptr)) if V_LARGEST > 0 else 1.0
+        m_scale, v_scale = _scale(m_amax, M_LARGEST), _scale(v_amax, V_LARGEST)
+    row, lane = tl.arange(0, ROWS), tl.arange(0, PADDED)
+    OTHER: tl.constexpr = None if WHOLE and ROWS == 1 else 0.0
+    # Of |p|, or of |m| and |v|; folded after the loop.
+    largest, largest_v = tl.zeros([ROWS, PADDED], tl.float32), tl.zeros([ROWS, PADDED], tl.float32)
 
-    if M_LARGEST > 0:
-        if PER_TENSOR:
-            m = m * _scale(tl.load(amaxes_ptr + 2 * owner), M_LARGEST)
+    for done in range(0, min(BLOCKS, total - first), ROWS):
+        block = first + done
+        blocks = block + row
+        exists = blocks < total
+        if WHOLE:
+            # Blocks lie end to end. Every row begins at a multiple of 16 elements.
+            start = block.to(tl.int64) * BLOCK
+            offset = row[:, None] * BLOCK + lane[None, :]
+            inside = None if ROWS == 1 else exists[:, None] & (lane >= 0)[None, :]
         else:
-            m_scale = _scale(m_amax, M_LARGEST)
-            tl.store(ms_ptr + blocks, m_scale, mask=exists)
-            m = m * m_scale[:, None]
-    if V_LARGEST > 0:
-        if PER_TENSOR:
-            amax = tl.load(amaxes_ptr + 2 * owner + 1)
-            floor = tl.where(amax == 0, 0.0, V_SMALLEST)
-            v = tl.maximum(v * _scale(amax, V_LARGEST), floor, propagate_nan=tl.PropagateNan.ALL)
+            column = (blocks % per_row) * BLOCK
+            start = 0
+            offset = ((blocks // per_row) * columns + column)[:, None] + lane[None, :]
+            inside = exists[:, None] & (lane < BLOCK)[None, :] & (column[:, None] + lane[None, :] < columns)
+        g = tl.load(g_ptr + start + offset, mask=inside, other=OTHER).to(tl.float32) * inverse
+        m = tl.load(m_ptr + start + offset, mask=inside, other=OTHER).to(tl.float32)
+        v = tl.load(v_ptr + start + offset, mask=inside, other=OTHER).to(tl.float32)
+        p = tl.load(p_ptr + start + offset, mask=inside, other=OTHER).to(tl.float32)
+        if M_LARGEST > 0:
+            if not PER_TENSOR:
+                m_decode = tl.div_rn(1.0, tl.load(ms_ptr + blocks, mask=exists, other=1.0))[:, None]
+            m = m * m_decode
+        if V_LARGEST > 0:
+            if not PER_TENSOR:
+                v_decode = tl.div_rn(1.0, tl.load(vs_ptr + blocks, mask=exists, other=1.0))[:, None]
+            v = v * v_decode
+        m = m * beta1 + g * rest1
+        v = v * beta2 + g * g * rest2
+        if ONLY_AMAX:
+            largest, largest_v = _larger(largest, tl.abs(m)), _larger(largest_v, tl.abs(v))
         else:
-            v_scale = _scale(v_amax, V_LARGEST)
-            tl.store(vs_ptr + blocks, v_scale, mask=exists)
-            floor = tl.where(v_amax == 0, 0.0, V_SMALLEST)
-            v = tl.maximum(v * v_scale[:, None], floor[:, None], propagate_nan=tl.PropagateNan.ALL)
-    if RANDOM_M or RANDOM_P:
-        c0 = (column0 + (blocks % per_row) * BLOCK).to(tl.uint32)[:, None] + lane.to(tl.uint32)[None, :]
-        zero = c0 * 0
-        word_m, word_v, word_p, _ = tl.philox(
-            seed, c0, zero + (row0 + blocks // per_row).to(tl.uint32)[:, None],
-            zero + tl.load(constants + 5).to(tl.uint32), zero + tl.load(line + 11).to(tl.uint32), ROUNDS,
-        )  # fmt: skip
-        if RANDOM_M:
-            m = _round(m, word_m, M_DROPPED, M_NORMAL)
-            v = _round(v, word_v, V_DROPPED, V_NORMAL)
-        if RANDOM_P:
-            p = _round(p, word_p, P_DROPPED, P_NORMAL)
-    # Conversions to FP8 saturate on the hardware that has them.
-    tl.store(m_ptr + offset, m.to(M), mask=inside)
-    tl.store(v_ptr + offset, v.to(V), mask=inside)
-    tl.store(p_ptr + offset, p.to(P), mask=inside)
+            ratio = m * correction1 * _reciprocal(tl.fma(_root(v), correction2, eps))
+            ratio = tl.clamp(ratio, -limit, limit, propagate_nan=tl.PropagateNan.ALL)
+            if tl.float16 == P:
+                p = p * tl.div_rn(1.0, master)
+            p = tl.fma(-lr, tl.fma(p, weight_decay, ratio), p)
+            if tl.float16 == P:
+                p = p * master
+
+            if M_LARGEST > 0:
+                if not PER_TENSOR:
+                    scales = _scale(tl.reduce(tl.abs(m), 1, _larger), M_LARGEST)
+                    tl.store(ms_ptr + blocks, scales, mask=exists)
+                    m_scale = scales[:, None]
+                m = m * m_scale
+            if V_LARGEST > 0:
+                if not PER_TENSOR:
+                    v_amax = tl.reduce(tl.abs(v), 1, _larger)
+                    scales = _scale(v_amax, V_LARGEST)
+                    tl.store(vs_ptr + blocks, scales, mask=exists)
+                    v_scale, v_amax = scales[:, None], v_amax[:, None]
+                v = _larger(v * v_scale, tl.where(v_amax == 0, 0.0, V_SMALLEST))
+            if RANDOM_M or RANDOM_P:
+                c0 = (column0 + ((blocks % per_row) * BLOCK).to(tl.uint32))[:, None] + lane.to(tl.uint32)[
+                    None, :
+                ]
+                zero = c0 * 0
+                word_m, word_v, word_p, _ = tl.philox(
+                    seed, c0, zero + (row0 + (blocks // per_row).to(tl.uint32))[:, None],
+                    zero + step, zero + number.to(tl.uint32), ROUNDS,
+                )  # fmt: skip
+                if RANDOM_M:
+                    m = _round(m, word_m, M_DROPPED, M_NORMAL)
+                    v = _round(v, word_v, V_DROPPED, V_NORMAL)
+                if RANDOM_P:
+                    p = _round(p, word_p, P_DROPPED, P_NORMAL)
+            largest = _larger(largest, tl.abs(p))
+            # Conversions to FP8 saturate on the hardware that has them.
+            tl.store(m_ptr + start + offset, m.to(M), mask=inside)
+            tl.store(v_ptr + start + offset, v.to(V), mask=inside)
+            tl.store(p_ptr + start + offset, p.to(P), mask=inside)
+    if ONLY_AMAX:
+        _fold(amaxes_ptr + 2 * owner, largest, tl.float32)
+        _fold(amaxes_ptr + 2 * owner + 1, largest_v, tl.float32)
+    else:
+        # Rounding is monotone: the largest of all, rounded, is the largest of those that were.
+        _fold(p_amaxes_ptr + owner, largest, P)
+
+
+@triton.jit
+def _fold(ptr, x, DTYPE: tl.constexpr):
+    """Raise the amax at ptr, an int32: bit patterns of numbers >= 0 order like the numbers, NaN's above inf's."""
+    tl.atomic_max(
+        ptr, tl.reduce(x, None, _larger).to(DTYPE).to(tl.float32).to(tl.int32, bitcast=True), sem="relaxed"
+    )
 
 
 COLUMNS = 12
@@ -399,7 +464,7 @@ class Launch:
         device = slots[0].p.device
         block = rule.block or 256
         self.options = _options(slots[0].formats(), grad_dtype, rule, whole)
-        rows = self.options["ROWS"]
+        blocks = self.options["BLOCKS"]
         lines, owners, first = {}, [], 0
         for slot, index in zip(slots, which, strict=True):
             columns = slot.p.shape[-1] if slot.p.ndim else 1
@@ -419,7 +484,7 @@ class Launch:
                 ),
                 *(slot.row, slot.column, slot.number),
             ]
-            programs = -(-total // rows)
+            programs = -(-total // blocks)
             owners.append(torch.full((programs,), index, dtype=torch.int32))
             first += programs
         empty = [0] * COLUMNS
@@ -432,7 +497,7 @@ class Launch:
             1 - rule.beta1,
             rule.beta2,
             1 - rule.beta2,
-            rule.eps,
+            max(rule.eps, 2.0**-126),  # so that 0 / eps is 0
             rule.weight_decay,
             rule.seed,
         )
@@ -444,11 +509,15 @@ class Launch:
         inverse: Tensor,
         found_inf: Tensor,
         amaxes: Tensor,
+        p_amaxes: Tensor,
         only_amax: bool = False,
     ) -> None:
-        """grads [n] int64: addresses, 0 for none. table [n, 6]: `numbers`. amaxes [n, 2] int32, bit patterns (block 0)."""
+        """grads [n] int64: addresses, 0 for none. table [n, 6]: `numbers`. amaxes [n, 2] int32, bit patterns (block 0).
+
+        p_amaxes [n] int32: bit patterns, raised to the amaxes of the new parameters as they are stored.
+        """
         _adam_kernel[(len(self.owners),)](
-            self.owners, self.tensors, grads, table, inverse, found_inf, amaxes, *self.arguments,
+            self.owners, self.tensors, grads, table, inverse, found_inf, amaxes, p_amaxes, *self.arguments,
             **self.options, ONLY_AMAX=only_amax,
         )  # fmt: skip
 
@@ -460,6 +529,7 @@ def _options(
     p, m, v = formats
     block = rule.block or 256
     padded = triton.next_power_of_2(block)
+    rows = max(LANES // padded, 1)
     return {
         "P": TRITON[p], "G": TRITON[grad_dtype], "M": TRITON[m], "V": TRITON[v],
         "M_LARGEST": FP8_MAX.get(m, 0.0), "V_LARGEST": FP8_MAX.get(v, 0.0), "V_SMALLEST": SMALLEST.get(v, 0.0),
@@ -468,6 +538,7 @@ def _options(
         "RANDOM_M": rule.stochastic_moments and (DROPPED[m] > 0 or DROPPED[v] > 0),
         "RANDOM_P": rule.stochastic_parameters and DROPPED[p] > 0, "ROUNDS": ROUNDS,
         "WHOLE": whole, "PER_TENSOR": rule.block == 0,
-        "BLOCK": block, "PADDED": padded, "ROWS": max(TILE // padded, 1), "COLUMNS": COLUMNS, "LINES": len(NUMBERS),
-        "num_warps": 8, "enable_fp_fusion": False,
+        "BLOCK": block, "PADDED": padded, "ROWS": rows, "BLOCKS": max(TILE // padded, rows), 
+        "VECTOR": 16 // max(x.itemsize for x in (*formats, grad_dtype)), "COLUMNS": COLUMNS, "LINES": len(NUMBERS),
+        "num_warps": min(max(padded // (2 * LANES), 1), 8), "enable_fp_fusion": False,
     }  # fmt: skip
