@@ -57,7 +57,7 @@ def test_shipped_file_loads_and_runs_short(path):
         ("llama_1.5b", 125e9, 2.5e9, 2.5e-4, 1e-8),
         ("fog_8b", 20e9, 2.5e9, 3e-4, 1e-8),
         ("llama3_8b", 20e9, 2.5e9, 3e-4, 1e-8),
-        ("llama2_7b", 2e12, 2000 * 1024 * 4096, 3e-4, 3e-5),
+        ("llama2_7b_fp8", 2e12, 2000 * 1024 * 4096, 3e-4, 3e-5),
     ],
 )
 def test_shipped_budget(name, tokens, warmup_tokens, lr, final_lr):

@@ -116,6 +116,9 @@ class Fp8:
     all_gather: Literal["fp8", "bf16"] = "fp8"
     """What FSDP2 gathers converted weights in: fp8 halves the bytes and changes no number (recipe "delayed")."""
 
+    smooth_scale: Literal["channel_delayed", "channel_dynamic", "token_dynamic"] = "channel_delayed"
+    """Smooth-SwiGLU's scales: one per feature, from earlier steps (free) or this one; or per token (recipe "tensorwise")."""
+
     filter: list[str] = field(default_factory=lambda: ["layers.*"])
     """Globs of linear modules to convert; "!pattern" takes names out. One matching nothing is an error."""
 

@@ -65,6 +65,7 @@ class Shape:
 SHAPES = {
     "390m": Shape("390m", 16, 131072, 4),
     "1.5b": Shape("1.5b", 16, 32768, 4),
+    "7b-slice": Shape("llama2_7b", 8, 32000, 2),
     "8b-slice": Shape("8b", 8, 32768, 2),
 }
 
@@ -79,6 +80,7 @@ class Recipe:
     head: bool = False
     moments: str = "torch"  # of torch's fused AdamW, or of ours in "bf16" or "fp8"
     forward: str = "auto"  # [fp8] attention_forward
+    smooth: str | None = None  # [fp8] smooth_scale, with activation smooth_swiglu
     statistics: bool = False  # of every step, as in a run with [metrics] log_freq = 1
 
 
@@ -96,6 +98,9 @@ VARIANTS = {
     "fog_flash fp8 full": Recipe("fog_flash", "delayed", True),
     # Not by default: on request.
     "llama bf16": Recipe("llama", "bf16"),
+    "llama fp8 linears, smooth": Recipe("llama", "delayed", smooth="channel_delayed"),
+    "llama fp8 linears, smooth dynamic": Recipe("llama", "delayed", smooth="channel_dynamic"),
+    "llama fp8 linears, smooth token": Recipe("llama", "delayed", smooth="token_dynamic"),
     "fog_max bf16": Recipe("fog_max", "bf16"),
     "fog_max fp8 linears": Recipe("fog_max", "delayed"),
     "fog_max fp8 full + statistics": Recipe("fog_max", "delayed", True, statistics=True),
@@ -119,14 +124,19 @@ def shape_args(shape: Shape, seq_len: int, preset: str) -> DecoderArgs:
 def build_ours(shape: Shape, seq_len: int, recipe: Recipe) -> nn.Module:
     """On meta, converted."""
     assert recipe.preset is not None
+    args = shape_args(shape, seq_len, recipe.preset)
+    if recipe.smooth:
+        args.activation = "smooth_swiglu"
     with torch.device("meta"):
-        model = Decoder(shape_args(shape, seq_len, recipe.preset)).to(torch.bfloat16)
+        model = Decoder(args).to(torch.bfloat16)
     options: dict[str, Any] = {"recipe": recipe.linears}
     if recipe.attention:
         # At its best: the fastest backends, and the format that meets their error bound.
         options |= {"attention": "full", "attention_forward": recipe.forward, "attention_gradients": "e4m3"}
     if recipe.head:
         options["lm_head"] = "fp8"
+    if recipe.smooth:
+        options["smooth_scale"] = recipe.smooth
     convert(model, Fp8(**options))
     return model
 

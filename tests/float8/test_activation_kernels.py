@@ -16,6 +16,7 @@ from titan_fp8.float8.kernels.activation import (
     KINDS,
     activate,
     activate_backward,
+    channel_amax,
     reference,
     reference_backward,
 )
@@ -23,6 +24,7 @@ from titan_fp8.model.activations import gelu, swiglu, xielu
 
 A_P, A_N = 0.3, -0.4
 SLACK = 2.0**-16
+WAYS = [*((kind, False) for kind in KINDS), ("swiglu", True)]  # (kind, smooth)
 
 
 def alphas_for(kind: str, device: str = "cpu") -> torch.Tensor | None:
@@ -75,15 +77,28 @@ def scale_of(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return torch.exp2((2 * FP8_MAX[dtype] / x.abs().max()).log2().floor()).float()
 
 
-def check(h, dz, kind: str, dtype: torch.dtype, fp8) -> tuple[torch.Tensor, ...]:
+def channels_for(features: int, device: str = "cpu") -> torch.Tensor:
+    """Powers of two between 2^-6 and 2^6, each feature's another than its neighbour's."""
+    return torch.exp2((torch.arange(features, device=device) * 5 % 13 - 6).float())
+
+
+def check(h, dz, kind: str, dtype: torch.dtype, fp8, smooth: bool = False) -> tuple[torch.Tensor, ...]:
     """Both directions against float64. Returns (z8, dh8, z_scale, dh_scale)."""
     z, z_size, dh, dh_size, dalphas, terms = truth(h, dz, kind)
     alphas, device = alphas_for(kind, h.device.type), h.device
+    channels = z_seen = None
+    each = z.abs().amax(0)
+    if smooth:  # exact: scaling by them rounds nothing
+        channels, z_seen = channels_for(z.shape[1], device.type), torch.zeros(z.shape[1], device=device)
+        c = channels.cpu().double()
+        z, z_size, dh, dh_size = z * c, z_size * c, dh * torch.cat((c, c)), dh_size * torch.cat((c, c))
     z_scale, dh_scale = scale_of(z, E4M3), scale_of(dh, dtype)
     seen, dh_seen = torch.zeros((), device=device), torch.zeros((), device=device)
-    z8 = activate(h, alphas, z_scale.to(device), seen, kind, True)
+    z8 = activate(h, alphas, z_scale.to(device), seen, kind, True, channels)
     back = (dz, h, alphas, z_scale.to(device), dh_scale.to(device))
-    dh8, dh8_t, z8_t, da = activate_backward(*back, dh_seen, kind, dtype, True)
+    dh8, dh8_t, z8_t, da = activate_backward(*back, dh_seen, kind, dtype, True, channels, z_seen)
+    if smooth:
+        torch.testing.assert_close(z_seen.cpu().double(), each, rtol=2 * SLACK, atol=0)
     assert_rounds(z8, z, SLACK * z_size, z_scale.item(), fp8)
     assert_rounds(dh8, dh, SLACK * dh_size, dh_scale.item(), fp8)
     assert torch.equal(fp8.codes(z8_t), fp8.codes(z8.t())) and z8_t.is_contiguous()
@@ -92,7 +107,7 @@ def check(h, dz, kind: str, dtype: torch.dtype, fp8) -> tuple[torch.Tensor, ...]
     assert dh_seen.item() == pytest.approx(dh.abs().max().item(), rel=2 * SLACK)
     assert da.shape == dalphas.shape
     assert ((da.cpu() - dalphas).abs() <= SLACK * terms).all()
-    again = activate_backward(*back, dh_seen, kind, dtype, True)[3]
+    again = activate_backward(*back, dh_seen, kind, dtype, True, channels, z_seen)[3]
     assert torch.equal(da, again)
     return z8, dh8, z_scale, dh_scale
 
@@ -101,6 +116,35 @@ def check(h, dz, kind: str, dtype: torch.dtype, fp8) -> tuple[torch.Tensor, ...]
 @pytest.mark.parametrize(("source", "dtype"), [(torch.bfloat16, E5M2), (torch.float32, E4M3)])
 def test_against_float64(kind, source, dtype, fp8):
     check(*draw(48, 80, kind, source), kind, dtype, fp8)
+
+
+@pytest.mark.parametrize(("source", "dtype"), [(torch.bfloat16, E5M2), (torch.float32, E4M3)])
+def test_features_with_scales_of_their_own(source, dtype, fp8):
+    check(*draw(48, 80, "swiglu", source), "swiglu", dtype, fp8, smooth=True)
+
+
+def assert_features_keep_their_amaxes(device: str) -> None:
+    """The larger of before and now, NaN where there is one, and nothing without `record`."""
+    h, dz = (x.to(device) for x in draw(48, 144, "swiglu", torch.bfloat16))
+    h[40, 7] = torch.nan
+    one, amax = torch.ones((), device=device), torch.zeros((), device=device)
+    seen = torch.full((144,), 0.5, device=device)
+    seen[3] = 1e6
+    expected = torch.maximum(seen, swiglu(*h.float().chunk(2, 1)).abs().amax(0))
+    back = (dz, h, None, one, one, amax, "swiglu", E5M2)
+    channels = channels_for(144, device)
+    activate_backward(*back, False, channels, seen)
+    assert seen[3] == 1e6 and (seen == 0.5).sum() == 143
+    activate_backward(*back, True, channels, seen)
+    assert seen[3] == 1e6 and seen.isnan().nonzero().tolist() == [[7]]
+    torch.testing.assert_close(seen, expected, rtol=2 * SLACK, atol=0, equal_nan=True)
+    torch.testing.assert_close(
+        channel_amax(h).nan_to_num(), expected.nan_to_num().where(seen != 1e6, channel_amax(h))
+    )
+
+
+def test_features_keep_their_amaxes():
+    assert_features_keep_their_amaxes("cpu")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -137,34 +181,45 @@ def test_nan_and_inf_stay(kind):
     assert_nan_and_inf_stay(kind, "cpu")
 
 
-def both(h, dz, alphas, z_scale, dh_scale, seen, dh_seen, kind):
-    z8 = activate(h, alphas, z_scale, seen, kind, True)
-    return z8, *activate_backward(dz, h, alphas, z_scale, dh_scale, dh_seen, kind, E5M2, True)
+def both(h, dz, alphas, z_scale, dh_scale, seen, dh_seen, kind, channels=None, z_seen=None):
+    z8 = activate(h, alphas, z_scale, seen, kind, True, channels)
+    back = (dz, h, alphas, z_scale, dh_scale, dh_seen, kind, E5M2, True, channels, z_seen)
+    return z8, *activate_backward(*back)
 
 
-def assert_compiles(kind: str, device: str, backend: str, fp8) -> None:
+def assert_compiles(kind: str, device: str, backend: str, fp8, smooth: bool = False) -> None:
     h, dz = (x.to(device) for x in draw(32, 48, kind, torch.bfloat16))
     scale, dh_scale = torch.tensor(20.0, device=device), torch.tensor(900.0, device=device)
-    results, amaxes = [], []
+    results, amaxes, each = [], [], []
     for run in (both, torch.compile(both, backend=backend, fullgraph=True)):
         amaxes.append(torch.zeros(2, device=device))
+        each.append(torch.zeros(96, device=device))
+        extra = (
+            (channels_for(48, device), each[-1][48:]) if smooth else ()
+        )  # a view, as of one rank's features
         results.append(
-            run(h, dz, alphas_for(kind, device), scale, dh_scale, amaxes[-1][0], amaxes[-1][1], kind)
+            run(h, dz, alphas_for(kind, device), scale, dh_scale, amaxes[-1][0], amaxes[-1][1], kind, *extra)
         )
+    assert torch.equal(*each) and bool(each[0].any()) is smooth and not each[0][:48].any()
     for eager, compiled in zip(*results, strict=True):
         assert eager.dtype == compiled.dtype and torch.equal(fp8.codes(eager), fp8.codes(compiled))
     assert torch.equal(*amaxes) and (amaxes[0] > 0).all()
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_compiles_without_a_break(kind, fp8):
-    assert_compiles(kind, "cpu", "aot_eager", fp8)
+@pytest.mark.parametrize(("kind", "smooth"), WAYS)
+def test_compiles_without_a_break(kind, smooth, fp8):
+    assert_compiles(kind, "cpu", "aot_eager", fp8, smooth)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("kind", KINDS)
-def test_kernels_compile_without_a_break(kind, fp8):
-    assert_compiles(kind, "cuda", "inductor", fp8)
+@pytest.mark.parametrize(("kind", "smooth"), WAYS)
+def test_kernels_compile_without_a_break(kind, smooth, fp8):
+    assert_compiles(kind, "cuda", "inductor", fp8, smooth)
+
+
+@pytest.mark.gpu
+def test_kernels_keep_features_amaxes():
+    assert_features_keep_their_amaxes("cuda")
 
 
 @pytest.mark.gpu
@@ -174,10 +229,10 @@ def test_kernels_keep_nan_and_inf(kind):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "smooth"), WAYS)
 @pytest.mark.parametrize("shape", [(16, 16), (48, 200), (1040, 2064), (272, 1003)])
 @pytest.mark.parametrize(("source", "dtype"), [(torch.bfloat16, E5M2), (torch.float16, E4M3)])
-def test_kernels_against_float64_and_reference(kind, shape, source, dtype, fp8):
+def test_kernels_against_float64_and_reference(kind, smooth, shape, source, dtype, fp8):
     h, dz = draw(*shape, kind, source)
     wide = torch.full((h.shape[0], h.shape[1] + 48), torch.nan, dtype=source, device="cuda")
     wide[:, 16:-32] = h.cuda()
@@ -185,10 +240,11 @@ def test_kernels_against_float64_and_reference(kind, shape, source, dtype, fp8):
     # What the allocator hands out next is full of NaN.
     poison = [torch.full((n,), 0x7F, dtype=torch.uint8, device="cuda") for n in 6 * [2 * shape[0] * shape[1]]]
     del poison
-    z8, dh8, z_scale, dh_scale = (x.cuda() for x in check(h, dz, kind, dtype, fp8))
+    z8, dh8, z_scale, dh_scale = (x.cuda() for x in check(h, dz, kind, dtype, fp8, smooth))
     alphas, seen = alphas_for(kind, "cuda"), torch.zeros((), device="cuda")
-    plain = reference(h, alphas, z_scale, seen, kind, True)
-    dh_plain = reference_backward(dz, h, alphas, z_scale, dh_scale, seen, kind, dtype, True)[0]
+    channels = channels_for(shape[1], "cuda") if smooth else None
+    plain = reference(h, alphas, z_scale, seen, kind, True, channels)
+    dh_plain = reference_backward(dz, h, alphas, z_scale, dh_scale, seen, kind, dtype, True, channels)[0]
     # Two values within 2^-16 of each other straddle a rounding boundary, at least 2^-4 of the value apart, once in 2^12.
     for ours, theirs in ((z8, plain), (dh8, dh_plain)):
         assert (ours.float() != theirs.float()).sum() <= 1 + ours.numel() // 2**12

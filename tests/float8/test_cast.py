@@ -53,6 +53,20 @@ def test_joined_matrices_are_casts_one_below_the_other(rows, device):
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_columns_may_have_scales_of_their_own(device, transposed):
+    x = draw(48, 72, dtype=torch.bfloat16, device=device)
+    scales = torch.exp2(torch.arange(72, device=device) % 15 - 3.0)
+    expected = saturating_cast(x.float() * scales, 1.0, E4M3)
+    got = cast_joined([x], scales, E4M3, transposed)
+    assert torch.equal(got.float(), (expected.t() if transposed else expected).float())
+    if not transposed:
+        assert torch.equal(cast_rows(x, scales, E4M3).float(), expected.float())
+    again = cast_joined([got], scales, E4M3, transposed)  # FP8 already: not scaled again
+    assert torch.equal(again.float(), expected.float() if transposed else got.float())
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows", [0, 1, 37])
 def test_rows_are_cast_as_the_reference_does(rows, dtype, device):

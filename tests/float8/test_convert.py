@@ -99,10 +99,49 @@ def test_linears_are_joined_only_if_all_of_them_are_chosen(tiny_decoder):
     assert [name.split(".", 2)[2] for name in converted(model)] == [
         "attention.wq", "attention.wv", "attention.wo", "feed_forward.w1",
     ]  # fmt: skip
-    smooth = tiny_decoder("llama", n_layers=1)
-    smooth.layers["0"].feed_forward.activation = "smooth_swiglu"  # its scale needs a row at a time
-    convert(smooth, Fp8())
-    assert [name.split(".", 2)[2] for name in converted(smooth)][2:] == ["feed_forward.w2", "feed_forward.up"]
+
+
+def smooth_decoder(tiny_decoder):
+    model = tiny_decoder("llama", n_layers=1)
+    model.layers["0"].feed_forward.activation = "smooth_swiglu"
+    return model
+
+
+def test_smooth_swiglu_is_joined_if_it_scales_features(tiny_decoder):
+    for scale in ("channel_delayed", "channel_dynamic"):
+        model = smooth_decoder(tiny_decoder)
+        convert(model, Fp8(smooth_scale=scale))
+        assert [name.split(".", 2)[2] for name in converted(model)][2:] == ["feed_forward"]
+        assert f"activation=smooth_swiglu, channels={scale[8:]}" in repr(model)
+        assert scaling_state(model).channel_amax.shape == (1, 128)
+    for fp8 in (Fp8(smooth_scale="token_dynamic"), Fp8(smooth_scale="token_dynamic", recipe="tensorwise")):
+        model = smooth_decoder(tiny_decoder)
+        assert not model.layers["0"].feed_forward.by_token, "nothing to scale for in 16 bits"
+        convert(model, fp8)
+        assert model.layers["0"].feed_forward.by_token
+        if fp8.recipe == "delayed":
+            names = [name.split(".", 2)[2] for name in converted(model)][2:]
+            assert names == ["feed_forward.w2", "feed_forward.up"]
+            assert "channel_amax" not in scaling_state(model).state_dict()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"filter": ["layers.*", "!*.w3"]}, "must take all linears.*w3 left out.*token_dynamic"),
+        ({"recipe": "tensorwise"}, 'must be "token_dynamic".*got "channel_delayed"'),
+        ({"smooth_scale": "channel_dynamic"}, 'needs all_gather = "bf16" under FSDP'),
+    ],
+)
+def test_smooth_swiglu_that_cannot_be(tiny_decoder, options, words):
+    with pytest.raises(UserError, match=words):
+        convert(smooth_decoder(tiny_decoder), Fp8(**options), sharded=True)
+
+
+def test_smooth_swiglu_left_in_16_bits(tiny_decoder):
+    model = smooth_decoder(tiny_decoder)
+    convert(model, Fp8(filter=["layers.*", "!*.feed_forward.*"]))
+    assert not model.layers["0"].feed_forward.by_token and len(converted(model)) == 2
 
 
 def test_bf16_converts_nothing(tiny_decoder, caplog):

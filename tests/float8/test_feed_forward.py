@@ -19,14 +19,17 @@ from titan_fp8.model.decoder import FeedForward
 
 M, K = 80, 48
 KINDS = ("xielu", "gelu", "swiglu")
+ALL = (*KINDS, "smooth_swiglu")
 
 
-def make(kind: str, dtype: torch.dtype = torch.float32) -> tuple[Float8FeedForward, DelayedScaling]:
+def make(
+    kind: str, dtype: torch.dtype = torch.float32, dynamic: bool = False
+) -> tuple[Float8FeedForward, DelayedScaling]:
     torch.manual_seed(0)
     plain = FeedForward(DecoderArgs(dim=K, ffn_dim=64, activation=kind)).to(dtype)
     if plain.act is not None:
         plain.act.init_weights()
-    ours = Float8FeedForward(plain, Recipe(history=4))
+    ours = Float8FeedForward(plain, Recipe(history=4), dynamic)
     state = DelayedScaling(ours.slots(), ours.recipe)
     state.init_weights()
     return ours, state
@@ -92,7 +95,119 @@ def test_all_gemms_on_fp8_values(fp8, kind):
         assert fp8.relative(expected["y"], exact) > 0.02  # what FP8 itself costs is far outside the bound
 
 
-@pytest.mark.parametrize("kind", KINDS)
+def unlike_features(ffn: Float8FeedForward) -> None:
+    """Rows of w3 whose sizes lie within a factor 2^12, so that features need scales that differ."""
+    with torch.no_grad():
+        ffn.w3.weight.mul_(torch.exp2(torch.arange(64) * 5 % 13 - 6.0)[:, None])
+
+
+def power_of_two_below(x: torch.Tensor) -> torch.Tensor:
+    return torch.exp2(x.double().log2().floor())
+
+
+def feature_scales(amaxes: torch.Tensor, columns: torch.Tensor, headroom: int) -> torch.Tensor:
+    """The rule of scaling.py, written out."""
+    adds = amaxes * columns
+    given_up = (adds / (64 * adds.sort().values[(len(adds) - 1) // 2])).clamp(1, 2**headroom)
+    bound = (adds / given_up).max() / 2**12 / columns
+    return power_of_two_below(448 / 2**headroom / torch.maximum(amaxes / given_up, bound))
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_smooth_swiglu_on_fp8_values(fp8, dynamic):
+    """As above; z_i is cast times s_i, w2's column divided by it, and neither gradient knows."""
+    ffn, state = make("smooth_swiglu", dynamic=dynamic)
+    unlike_features(ffn)
+    state.scale_weights()
+    up = torch.cat((ffn.w1.weight, ffn.w3.weight)).detach()
+    w2 = ffn.w2.weight.detach()
+    known = torch.zeros(64, dtype=torch.float64)
+    sizes: dict[str, torch.Tensor] = {}
+
+    def cast(t: torch.Tensor, scale: torch.Tensor | float, format: torch.dtype) -> torch.Tensor:
+        return fp8.rounded((t.float() * scale).double(), format) / scale
+
+    for step_number, seed in enumerate((1, 3, 5)):
+        x, dy = draw(seed) * (1 + step_number), draw(seed + 1)  # features outgrow what is known of them
+        got = step(ffn, x, dy)
+        state.update()
+        scales = [
+            fp8.scale_for(sizes.setdefault(name, t), format).double()
+            for name, t, format in (("x", x, E4M3), ("up", up, E4M3), ("dy", dy, E5M2))
+        ]
+        if step_number > 1:  # by the larger of the steps before
+            scales[0] = fp8.scale_for(draw(3) * 2, E4M3).double()
+            scales[2] = fp8.scale_for(torch.cat((draw(2), draw(4))), E5M2).double()
+        elif step_number:
+            scales[0], scales[2] = (
+                fp8.scale_for(draw(1), E4M3).double(),
+                fp8.scale_for(draw(2), E5M2).double(),
+            )
+        x8, up8, dy8 = cast(x, scales[0], E4M3), cast(up, scales[1], E4M3), cast(dy, scales[2], E5M2)
+        h = (x8 @ up8.T).requires_grad_()
+        z = swiglu(*h.chunk(2, -1))
+        now = z.detach().abs().amax(0)
+        columns = w2.abs().amax(0).double()
+        s = feature_scales(now, columns, 0) if dynamic else feature_scales(known, columns, 6)
+        s = s if dynamic or step_number else 1.0
+        first = not (dynamic or step_number)
+        s_z = fp8.scale_for(z, E4M3).double() if first else 1.0
+        z8 = cast(z.detach() * s, s_z, E4M3) / s
+        w28 = cast(w2.double() / s, fp8.scale_for(w2.double() / s, E4M3).double(), E4M3) * s
+        (dh,) = torch.autograd.grad(z, h, dy8 @ w28)
+        dh8 = cast(dh, fp8.scale_for(sizes.setdefault("dh", dh), E5M2).double(), E5M2)
+        expected = {"y": z8 @ w28.T, "w2.weight": dy8.T @ z8}
+        if not step_number:  # later dh's scale comes from the largest before, which the one of x decides
+            expected["x"] = dh8 @ up8
+            expected |= dict(zip(("w1.weight", "w3.weight"), (dh8.T @ x8).split(64), strict=True))
+        for name, value in expected.items():
+            assert fp8.relative(got[name], value) < 2e-3, (name, step_number)
+        known = torch.maximum(now, known * 2 ** (-1 / 4))
+        exact = swiglu(*(x.double() @ up.double().T).chunk(2, -1)) @ w2.double().T
+        assert fp8.relative(expected["y"], exact) > 0.02
+    if not dynamic:
+        torch.testing.assert_close(state.channel_amax[0].double(), known, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("way", ["delayed", "dynamic", "by tensor"])
+def test_a_feature_that_jumps(fp8, way):
+    """One feature becomes 20 times as large as any ever was. With one scale for the tensor the cast clips it, by its whole
+    jump; with a scale for each feature that is no news."""
+    ffn, state = make("swiglu" if way == "by tensor" else "smooth_swiglu", dynamic=way == "dynamic")
+    for seed in range(3):
+        step(ffn, draw(seed), draw(seed + 1))
+        state.update()
+
+    def z(seed: int) -> torch.Tensor:
+        return swiglu(draw(seed) @ ffn.w1.weight.T, draw(seed) @ ffn.w3.weight.T).detach()
+
+    largest = max(z(seed).abs().max() for seed in range(3))
+    with torch.no_grad():
+        ffn.w3.weight[5] *= 300.0
+    state.scale_weights()
+    assert 20 < z(9)[:, 5].abs().max() / largest < 60
+    error = fp8.relative(ffn(draw(9)), z(9) @ ffn.w2.weight.T)
+    # What FP8 costs of a sum that one feature outweighs: roundings of h (twice: gate and up), z and w2, of up to 2^-4.
+    assert error > 0.5 if way == "by tensor" else error < 0.1
+
+
+def test_a_tensor_scaled_by_itself_keeps_its_features_scales(fp8):
+    """`use_current` on top: what 64 times headroom does not hold is not clipped either."""
+    errors = []
+    for current in ([], ["z"]):
+        ffn, state = make("smooth_swiglu")
+        step(ffn, draw(0), draw(1))
+        state.update()
+        with torch.no_grad():
+            ffn.w3.weight[5] *= 1e3
+        state.scale_weights()
+        state.use_current(current)
+        exact = swiglu(draw(9) @ ffn.w1.weight.T, draw(9) @ ffn.w3.weight.T) @ ffn.w2.weight.T
+        errors.append(fp8.relative(ffn(draw(9)), exact))
+    assert errors[0] > 0.5 and errors[1] < 0.1
+
+
+@pytest.mark.parametrize("kind", ALL)
 def test_close_to_the_decoders_own(fp8, kind):
     """Measured: 5 to 7 % in y, 8 to 11 % in the gradients, at a sum of only 48 to 96 products."""
     ffn, _ = make(kind)
@@ -115,11 +230,12 @@ def test_what_is_kept_for_backward():
     assert large == [(1, (K, M)), (2, (M, 2 * 64))]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*ALL, "dynamic"])
 def test_checkpointed_and_compiled_equal_plain(kind):
     torch._dynamo.reset()
     backend = CompileCounterWithBackend("aot_eager")
-    plain, again, compiled = make(kind), make(kind), make(kind)
+    settings = {"kind": "smooth_swiglu", "dynamic": True} if kind == "dynamic" else {"kind": kind}
+    plain, again, compiled = make(**settings), make(**settings), make(**settings)
     run = torch.compile(compiled[0], backend=backend, fullgraph=True)
     for seed in range(3):
         x, dy = draw(seed), draw(10 + seed)
@@ -131,9 +247,8 @@ def test_checkpointed_and_compiled_equal_plain(kind):
             assert all(torch.equal(got[name], value) for name, value in expected.items())
         for _, state in (plain, again, compiled):
             state.update()
-        assert torch.equal(plain[1].history, again[1].history) and torch.equal(
-            plain[1].history, compiled[1].history
-        )
+        for other in (again[1], compiled[1]):
+            assert all(torch.equal(a, b) for a, b in zip(plain[1].buffers(), other.buffers(), strict=True))
     assert backend.frame_count == 2  # one graph for the calibrating step, one for all others
 
 

@@ -103,6 +103,17 @@ def test_activations(written, kind):
     assert got == ["dh_seen_ptr", "dh_ptr", "dh_t_ptr", "z_t_ptr", *sums]
 
 
+def test_smooth_swiglu(written):
+    h, channels = half(64, 256), torch.ones(128)
+    got = written(activation, activation.activate_op, h, None, one(), one(), "swiglu", False, channels)
+    assert got == [["z_ptr"]]
+    back = (half(64, 128), h, None, one(), one(), one(), "swiglu", E5M2, True, channels, torch.zeros(128))
+    (got,) = written(activation, activation.activate_backward_op, *back)
+    assert got == ["dh_seen_ptr", "z_seen_ptr", "dh_ptr", "dh_t_ptr", "z_t_ptr"]
+    got = written(cast, cast.cast_joined_op, [half(64, 96)], torch.ones(96), E4M3, True)
+    assert got == [["qt_ptr"]]
+
+
 def test_loss(written):
     labels, lse = torch.zeros(64, dtype=torch.int64), torch.zeros(64)
     got = written(

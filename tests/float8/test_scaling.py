@@ -12,7 +12,16 @@ import torch
 import torch.distributed as dist
 
 from titan_fp8.float8.formats import E4M3, E5M2, FP8_MAX
-from titan_fp8.float8.scaling import DelayedScaling, Recipe, TensorScale, WeightScale, quantize
+from titan_fp8.float8.scaling import (
+    ChannelScale,
+    DelayedScaling,
+    FoldedScale,
+    Recipe,
+    TensorScale,
+    WeightScale,
+    channel_scales,
+    quantize,
+)
 
 
 class Setup(NamedTuple):
@@ -351,3 +360,111 @@ def test_current_scaling_survives_a_load():
     it.state.load_state_dict(it.state.state_dict())
     assert float(it.state.scale[0]) == 224 and float(it.x.scale) == 0
     assert cast(it.state, it.x, 7.0) == 64
+
+
+# ---- Scales by feature ----
+
+
+def features(**recipe) -> tuple[DelayedScaling, ChannelScale, FoldedScale]:
+    z = ChannelScale(4)
+    linear = torch.nn.Linear(4, 3, bias=False)
+    with torch.no_grad():
+        linear.weight.copy_(
+            torch.tensor([[1.0, -2.0, 4.0, 0.5], [0.5, 3.0, -8.0, 0.0], [1.0, 1.0, 1.0, 0.0]])
+        )
+    down = FoldedScale(linear, z)
+    other = WeightScale((torch.nn.Linear(4, 4, bias=False),))
+    state = DelayedScaling({"other": other, "z": z, "down": down}, Recipe(**recipe))
+    state.init_weights()
+    return state, z, down
+
+
+def see(z: ChannelScale, amaxes: list[float]) -> None:
+    z.channel_amax.copy_(torch.maximum(z.channel_amax, torch.tensor(amaxes)))
+
+
+@pytest.mark.parametrize("margin", [0, 1])
+def test_features_are_scaled_by_powers_of_two_with_headroom(margin):
+    state, z, down = features(margin=margin)
+    assert z.channel_scale.tolist() == [1.0] * 4, "nothing known yet"
+    assert down.scale == 448 / 8 and down.multiplier().tolist() == [56.0] * 4
+    amaxes = [7.0, 3.6, 7.1, 1e-9]
+    see(z, amaxes)
+    state.update()
+    # 448 / 2^6 = 7 is what features may reach, each at the largest power of two below; the last as if it reached
+    # 8 * 7.1 / 2^12 / 0.5.
+    assert z.channel_scale.tolist() == [x / 2**margin for x in (1.0, 1.0, 0.5, 128.0)]
+    assert z.scale == 1.0
+    columns = torch.tensor([1.0, 3.0, 8.0, 0.5]) / z.channel_scale
+    assert down.scale == pytest.approx(448 / columns.max().item())
+    torch.testing.assert_close(down.multiplier(), down.scale / z.channel_scale)
+    assert state.report()["down"]["amax"] == columns.max()
+    see(z, [70.0, 3.6, 7.1, 1e-9])  # ten times what is known
+    state.update()
+    assert state.report()["z"]["amax"] == 70 / 2**margin
+    assert state.report()["z"]["saturation"] == pytest.approx(70 / 448 / 2**margin)
+    see(z, [700.0 * 2**margin, 3.6, 7.1, 1e-9])  # scaled for 70 times 64
+    state.update()
+    assert state.saturated_steps.tolist() == [0, 0, 0]
+    see(z, [0.0, 600.0 * 2**margin, 0.0, 0.0])  # 3.6 times 64 is the limit
+    state.update()
+    assert state.saturated_steps.tolist() == [0, 1, 0]
+
+
+def test_features_forget_by_half_in_4_steps():
+    state, z, _ = features()
+    see(z, [8.0, 2.0, 2.0, 2.0])
+    for _ in range(5):
+        state.update()
+        see(z, [1.0, 2.0, 2.0, 2.0])
+    torch.testing.assert_close(state.channel_amax, torch.tensor([[4.0, 2.0, 2.0, 2.0]]), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_features_amax_that_is_not_finite_is_counted_and_forgotten(bad):
+    state, z, down = features()
+    see(z, [4.0, 4.0, 4.0, 4.0])
+    state.update()
+    see(z, [4.0, bad, 4.0, 4.0])
+    state.update()
+    assert state.nonfinite_steps.tolist() == [0, 1, 0] and state.report()["z"]["amax"] == math.inf
+    torch.testing.assert_close(state.channel_amax, torch.tensor([[4.0, 4.0 / 2**0.25, 4.0, 4.0]]))
+    assert z.channel_scale.isfinite().all() and down.scale.isfinite() and not z.channel_amax.any()
+
+
+def test_features_scales_come_back_from_a_checkpoint():
+    state, z, down = features()
+    see(z, [1.0, 10.0, 100.0, 0.0])
+    state.update()
+    again, z_again, down_again = features()
+    again.load_state_dict(state.state_dict())
+    assert torch.equal(z_again.channel_scale, z.channel_scale)
+    assert torch.equal(down_again.multiplier(), down.multiplier())
+    again.scale_weights()
+    assert torch.equal(down_again.multiplier(), down.multiplier()) and z_again.scale == 1
+
+
+def test_scales_of_features_at_the_extremes():
+    """Zero, subnormal, huge: all finite powers of two, and columns no more than 2^12 apart (and 2 for rounding)."""
+    for amaxes in ([0.0, 0.0], [1e-42, 1e-40], [3e38, 1e-30], [math.nan, 1.0]):
+        for columns in ([1.0, 1.0], [0.0, 1.0], [1e-6, 3.0]):
+            scales = channel_scales(torch.tensor(amaxes), torch.tensor(columns), 6)
+            mantissa, _ = torch.frexp(scales)
+            assert (mantissa == 0.5).all()
+            if all(columns):
+                folded = torch.tensor(columns) / scales
+                assert not max(amaxes) > 1 or folded.max() / folded.min() <= 2**13
+
+
+def test_a_feature_that_outweighs_the_others_gives_up_headroom():
+    """Up to all of it, by what it is above 64 times the median; so others' columns of the weight stay in E4M3's range."""
+    amaxes = torch.tensor([[1.0, 1.0, 1.0, 1.0, large] for large in (60.0, 256.0, 1e4, 1e6)])
+    scales = channel_scales(amaxes, torch.ones(5), 6)
+    assert scales[:, 4].tolist() == [
+        2.0**-4,
+        2.0**-4,
+        2.0**-5,
+        2.0**-12,
+    ]  # 7 / 60, 7 * 4 / 256, 448 / 1e4, 448 / 1e6
+    assert scales[:3, 0].tolist() == [4.0] * 3
+    assert scales[3, 0] == 1.0  # 448 / 2^6 / (1e6 / 2^6 / 2^12) = 1.8: columns 2^12 apart

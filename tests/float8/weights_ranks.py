@@ -42,7 +42,7 @@ class GatheredBytes(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def build(gather: str, compile: bool, checkpointing: str) -> nn.Module:
+def build(gather: str, compile: bool, checkpointing: str, smooth: bool) -> nn.Module:
     config = SimpleNamespace(
         activation_checkpoint=ActivationCheckpoint(mode=checkpointing),
         compile=SimpleNamespace(enable=compile, components=["model"], backend="aot_eager"),
@@ -53,7 +53,10 @@ def build(gather: str, compile: bool, checkpointing: str) -> nn.Module:
         parallelism=SimpleNamespace(fsdp_reshard_after_forward="default"),
     )
     args = DecoderArgs(dim=64, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=64, seq_len=16)
-    args.apply(Architecture(preset="fog_max", vocab_size=96))
+    if smooth:
+        args.apply(Architecture(preset="llama", activation="smooth_swiglu", vocab_size=96))
+    else:
+        args.apply(Architecture(preset="fog_max", vocab_size=96))
     with torch.device("meta"):
         model = Decoder(args)
         convert(model, Fp8(attention="full", amax_history=4, all_gather=gather), sharded=True)
@@ -70,10 +73,10 @@ def build(gather: str, compile: bool, checkpointing: str) -> nn.Module:
 
 
 def train(
-    gather: str, compile: bool = False, checkpointing: str = "none"
+    gather: str, compile: bool = False, checkpointing: str = "none", smooth: bool = False
 ) -> tuple[list[Tensor], Counter, nn.Module]:
     """(loss of three steps, all weights and the FP8 state at the end), bytes gathered, the model."""
-    model = build(gather, compile, checkpointing)
+    model = build(gather, compile, checkpointing, smooth)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
     generator = torch.Generator().manual_seed(dist.get_rank())
     seen, counted = [], GatheredBytes()
@@ -100,6 +103,12 @@ def main() -> None:
     assert all(t.isfinite().all() for t in fp8) and fp8[0] != fp8[2]
     assert equal(fp8, bf16), "E4M3 of a gathered bf16 weight is the gathered E4M3"
     assert equal(fp8, train("fp8", compile=True)[0]) and equal(fp8, train("fp8", checkpointing="full")[0])
+
+    # Smooth-SwiGLU: w2 travels divided by its features' scales.
+    smooth, _, model_smooth = train("fp8", smooth=True)
+    assert scaling_state(model_smooth).channel_amax.all()
+    assert equal(smooth, train("bf16", smooth=True)[0])
+    assert equal(smooth, train("fp8", compile=True, checkpointing="full", smooth=True)[0])
 
     # A block's converted weights are all of it but norms and two scalars; embedding and head stay in bf16.
     blocks = bytes_fp8[torch.uint8]

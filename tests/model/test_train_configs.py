@@ -48,8 +48,7 @@ def test_config_builds_with_its_fp8(path):
     assert convert(model, config.fp8) == len(every)
     kinds = (Float8Linear, Float8FanOut, Float8FeedForward)
     joined = ["attention.wqkv", "attention.wo"]
-    smooth = args.activation == "smooth_swiglu"
-    joined += ["feed_forward.up", "feed_forward.w2"] if smooth else ["feed_forward"]
+    joined += ["feed_forward"]
     here = sorted(n for n, m in model.named_modules() if isinstance(m, kinds))
     assert here == sorted(f"layers.{i}.{name}" for i in range(args.n_layers) for name in joined)
 
@@ -63,7 +62,7 @@ def test_config_builds_with_its_fp8(path):
         assert attention == []
     state = scaling_state(model)
     assert state is not None and state.history.shape[0] == config.fp8.amax_history
-    tensors = 3 + 3 + 6  # x, w, dy twice; the same again, or x, up, z, down, dh, dy
+    tensors = 3 + 3 + 6  # x, w, dy twice; x, up, z, down, dh, dy
     assert len(state.names) == tensors * args.n_layers + 5 * len(attention), "q, k, v, do, ds"
 
     assert all(t.is_meta for t in (*model.parameters(), *model.buffers()))

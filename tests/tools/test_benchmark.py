@@ -71,6 +71,20 @@ def test_variants_have_equal_parameters(bench):
     refusal(lambda: bench.main.check_parameters(counts), "equal parameters", f"{counts['other']:,} in other")
 
 
+def test_smooth_variants_are_the_same_llama_with_scales(bench):
+    """At Llama 2's shapes, of which the stock model must have the same."""
+    shape, names = (
+        bench.main.SHAPES["7b-slice"],
+        ("torchtitan bf16", "llama fp8 linears", "llama fp8 linears, smooth"),
+    )
+    models = [bench.main.build(shape, 256, bench.main.VARIANTS[name]) for name in names]
+    bench.main.check_parameters(
+        {n: sum(p.numel() for p in m.parameters()) for n, m in zip(names, models, strict=True)}
+    )
+    plain, smooth = (sorted(m.float8_state.names) for m in models[1:])
+    assert plain == smooth and models[2].float8_state.channel_amax.shape == (8, 11008)
+
+
 def test_the_floor_is_each_gemm_at_its_own_rate(bench):
     def row(linear, flops, count, bf16, fp8):
         sizes = {"m": flops // 2, "n": 1, "k": 1}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import copy
 import importlib
 import json
 import os
@@ -114,6 +115,32 @@ def test_transformers_gives_our_logits(tool, tmp_path, name):
     # = 0.6 %; where a norm divides by a small stream the errors grow with it, so a few times that.
     error = (coarse - expected).square().mean().sqrt() / size
     assert 1e-4 < error < 0.04
+
+
+def test_a_model_trained_in_fp8_with_scaled_features_is_a_plain_llama(tool, tmp_path):
+    """Its weights as they are: what the scales did to w2 was done to the cast."""
+    from titan_fp8.float8.convert import convert, scaling_state
+
+    ours = Saved(tmp_path, *ARCHITECTURES["llama_tied"])
+    trained = copy.deepcopy(ours.model).train()
+    convert(trained, ours.config.fp8)
+    scaling_state(trained).init_weights()
+    inputs = tokens(length=32)
+    for _ in range(2):
+        trained(inputs, inputs).backward()
+        scaling_state(trained).update()
+    with torch.no_grad():  # in FP8 with scales that are not 1, the same function
+        assert (scaling_state(trained).channel_amax > 0).all()
+        error = (trained.eval()(inputs) - ours.model(inputs)).norm() / ours.model(inputs).norm()
+        assert 1e-3 < error < 0.3
+    state = trained.state_dict()
+    assert "float8_state.channel_amax" in state
+    dcp.save(state, checkpoint_id=str(tmp_path / "checkpoint" / "step-6"), no_dist=True)
+    tool.export(ours.config, tmp_path / "checkpoint" / "step-6", tmp_path / "out", torch.float32)
+    theirs = load(tmp_path / "out").state_dict()
+    w2 = ours.model.layers["1"].feed_forward.w2.weight
+    assert torch.equal(theirs["model.layers.1.mlp.down_proj.weight"], w2)
+    assert not any("float8" in name or "channel" in name for name in theirs)
 
 
 @pytest.mark.parametrize("name", ["fog_max", "mixed"])

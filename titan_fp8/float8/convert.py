@@ -22,7 +22,7 @@ from titan_fp8.config import Fp8
 from titan_fp8.errors import UserError
 
 from .attention import Float8Attention, resolve
-from .feed_forward import Float8FeedForward
+from .feed_forward import SMOOTH, Float8FeedForward
 from .formats import BY_NAME
 from .head import Float8ChunkedLoss
 from .linear import Float8FanOut, Float8Linear
@@ -86,7 +86,21 @@ def convert(model: nn.Module, fp8: Fp8, sharded: bool = False) -> int:
                 f'{linear.out_features}: change the shape, or leave it out with [fp8] filter = [..., "!{name}"]'
             )
     gather = sharded and fp8.all_gather == "fp8"
+    smooth = [m for n, m in model.named_modules() if n.endswith("feed_forward") and m.activation == SMOOTH]
+    if smooth and fp8.smooth_scale != "token_dynamic":
+        if fp8.recipe == "tensorwise":
+            raise UserError(
+                f'[fp8] smooth_scale must be "token_dynamic" with Smooth-SwiGLU and recipe "tensorwise", got '
+                f'"{fp8.smooth_scale}": write that, or change recipe'
+            )
+        if fp8.smooth_scale == "channel_dynamic" and gather:
+            raise UserError(
+                '[fp8] smooth_scale = "channel_dynamic" needs all_gather = "bf16" under FSDP, got "fp8": w2 would be cast '
+                'before its scales are known; write that, or smooth_scale = "channel_delayed"'
+            )
     if fp8.recipe == "tensorwise":
+        for feed_forward in smooth:
+            feed_forward.by_token = True
         _convert_tensorwise(model, set(chosen), gather)
     else:
         _convert_delayed(model, chosen, fp8, gather)
@@ -126,21 +140,27 @@ def _convert_delayed(model: nn.Module, linears: dict[str, nn.Linear], fp8: Fp8, 
         joint = name.rpartition(".")[2]
         if joint in FAN_OUTS and len(module.linears) > 1:
             parts = [f"{name.removesuffix(joint)}{sibling}" for sibling in module.linears]
-        elif joint == "feed_forward" and Float8FeedForward.takes(module.activation):
+        elif joint == "feed_forward" and not _scaled_by_token(module, fp8):
             parts = [
                 f"{name}.{part}" for part, inside in module.named_children() if isinstance(inside, nn.Linear)
             ]
         else:
             continue
+        chosen = [part in alone for part in parts]
+        if joint == "feed_forward" and module.activation == SMOOTH and any(chosen) and not all(chosen):
+            raise UserError(
+                f"[fp8] filter must take all linears of a feed-forward with Smooth-SwiGLU or none, got "
+                f'{parts[chosen.index(False)]} left out: change it, or write [fp8] smooth_scale = "token_dynamic"'
+            )
         # Only as a whole: a linear that the filter leaves in 16 bits leaves its siblings each on their own.
-        if all(part in alone for part in parts):
+        if all(chosen):
             for part in parts:
                 del alone[part]
             with device:
                 if joint in FAN_OUTS:
                     joined = Float8FanOut({part.rpartition(".")[2]: linears[part] for part in parts}, recipe)
                 else:
-                    joined = Float8FeedForward(module, recipe)
+                    joined = Float8FeedForward(module, recipe, fp8.smooth_scale == "channel_dynamic")
             model.set_submodule(name, joined)
     for name, linear in alone.items():
         model.set_submodule(name, Float8Linear.from_linear(linear, recipe))
@@ -170,6 +190,12 @@ def _convert_delayed(model: nn.Module, linears: dict[str, nn.Linear], fp8: Fp8, 
                 linear.weight = nn.Parameter(ShardedWeight(linear.weight.detach(), slot))
     with device:
         model.add_module(STATE, DelayedScaling(slots, recipe))
+
+
+def _scaled_by_token(feed_forward: Any, fp8: Fp8) -> bool:
+    """Whether Smooth-SwiGLU scales rows here; if so the decoder's own FeedForward does it, around w2."""
+    feed_forward.by_token = feed_forward.activation == SMOOTH and fp8.smooth_scale == "token_dynamic"
+    return feed_forward.by_token
 
 
 def _attention_backends(fp8: Fp8) -> dict[str, str]:

@@ -8,6 +8,11 @@
 The activation never stands in memory in 16 bits: what backward needs of it is made again from h, on the way. Kept for
 backward: x8 transposed (a byte per element) and h (two). x, z, dh, dy have delayed scales, weights exact ones (linear.py).
 
+Smooth-SwiGLU (arXiv 2409.12517, section 4): z8 = cast(z_i s_i), w2_8 = cast(w2_i / s_i) by features i, s constant to
+autograd. The GEMMs do not know of it. The activation's kernel multiplies z, and dz on its way back, by s; the cast of w2
+divides by it; dw2 is divided by it, a pass of its own. s is known before the step (scaling.py), so w2 travels cast and
+folded under FSDP2. With `dynamic` s is the call's own, which costs a pass over h, and w2 must be there in 16 bits.
+
 Tensor parallel, up is split by columns and w2 by rows (linear.py): x8 and dy8 are gathered, x8 again backward; y and dx are
 scattered. All between is the rank's own, F/T features of every row.
 """
@@ -30,18 +35,35 @@ from titan_fp8.tensor_parallel import (
     reduce_scatter,
 )
 
-from .formats import E4M3, E5M2
-from .kernels.activation import KINDS, _activation, _gradient, activate, activate_backward
+from .formats import E4M3, E5M2, FP8_MAX, scale_from_amax
+from .kernels.activation import KINDS, _activation, _gradient, activate, activate_backward, channel_amax
 from .kernels.cast import cast, transpose
 from .kernels.gemm import scaled_mm
 from .linear import join, matrix
-from .scaling import CastRule, Recipe, TensorScale, WeightScale, measured_scale, observe, scale_in_use
+from .scaling import (
+    CastRule,
+    ChannelScale,
+    FoldedScale,
+    Recipe,
+    TensorScale,
+    WeightScale,
+    channel_scales,
+    folded,
+    measured_scale,
+    observe,
+    scale_in_use,
+)
+
+SMOOTH = "smooth_swiglu"
 
 
 @torch._dynamo.allow_in_graph
 class _Float8FeedForward(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x_MK, alphas, state, sites, kind: str, rule: CastRule, tp: Ranks | None, w2_KF, *ups):
+    def forward(
+        ctx, x_MK, alphas, state, channels, sites, kind: str, rule: CastRule, tp: Ranks | None, w2_KF, *ups
+    ):  # fmt: skip
+        # channels: None; or (s, z_i's amaxes to be, None), or (None, None, amaxes of w2's columns) if s is dynamic; all [F].
         (s_x, a_x, o_x), (s_up, *_), (s_z, a_z, o_z), (s_w2, *_), (s_dh, a_dh, o_dh), (s_dy, a_dy, o_dy) = (
             state
         )
@@ -52,37 +74,48 @@ class _Float8FeedForward(torch.autograd.Function):
         kept = x8_t_KM if tp is None else x8_MK
         x8_MK = all_gather(x8_MK, tp)
         h_MN = scaled_mm(x8_MK, join(ups, s_up, False).t(), s_x, s_up, x_MK.dtype, fast=True)
-        if rule.measuring:
+        s_F, a_F, columns_F = channels or (None, None, None)
+        m_w2 = s_w2  # what w2 is multiplied by as it is cast
+        if columns_F is not None:
+            s_F = channel_scales(channel_amax(h_MN), columns_F, 0)
+            s_z, s_w2 = (
+                torch.ones_like(s_z),
+                scale_from_amax((columns_F / s_F).amax(), FP8_MAX[E4M3], 0, rule.power_of_two),
+            )
+        elif rule.measuring:
             # z lives inside the kernel: a first pass for its amax, which gives the scale of the second.
             first = torch.zeros_like(s_z)
-            activate(h_MN, alphas, torch.ones_like(s_z), first, kind, True)
+            activate(h_MN, alphas, torch.ones_like(s_z), first, kind, True, s_F)
             s_z = measured_scale(first, s_z, E4M3, rule)
-        z8_MF = activate(h_MN, alphas, s_z, a_z, kind, rule.record)
+        if s_F is not None:
+            m_w2 = folded(s_w2, s_F)
+        z8_MF = activate(h_MN, alphas, s_z, a_z, kind, rule.record and s_F is None, s_F)
         if rule.observe:
             # z never stands in memory: made again in plain PyTorch, for this step only.
             o_up, o_act = sites
             z_MF, groups = _activation(h_MN.detach(), alphas, kind), 1 if tp is None else tp.size
             observe(x_MK, o_x, s_x, E4M3)
-            observe(z_MF, o_z, s_z, E4M3, tp)
+            observe(z_MF if s_F is None else z_MF * s_F, o_z, s_z, E4M3, tp)
             o_up.copy_(sample_sums(h_MN, len(o_up), groups))
             o_act.copy_(sample_sums(z_MF, len(o_act), groups))
-        ctx.save_for_backward(kept, h_MN, alphas, s_x, s_z, s_dh, s_dy, s_up, s_w2, w2_KF, *ups)
+        ctx.save_for_backward(kept, h_MN, alphas, s_x, s_z, s_dh, s_dy, s_up, s_w2, m_w2, s_F, w2_KF, *ups)
         # Not saved: a backward writes them, and autograd would then refuse the next one (two forwards first).
-        ctx.a_dh, ctx.a_dy, ctx.o_dh, ctx.o_dy, ctx.kind, ctx.rule, ctx.tp = (
+        ctx.a_dh, ctx.a_dy, ctx.a_F, ctx.o_dh, ctx.o_dy, ctx.kind, ctx.rule, ctx.tp = (
             a_dh,
             a_dy,
+            a_F,
             o_dh,
             o_dy,
             kind,
             rule,
             tp,
         )
-        y_MK = scaled_mm(z8_MF, join([w2_KF], s_w2, False).t(), s_z, s_w2, x_MK.dtype, fast=True)
+        y_MK = scaled_mm(z8_MF, join([w2_KF], m_w2, False).t(), s_z, s_w2, x_MK.dtype, fast=True)
         return reduce_scatter(y_MK, tp)
 
     @staticmethod
     def backward(ctx, dy_MK):
-        kept, h_MN, alphas, s_x, s_z, s_dh, s_dy, s_up, s_w2, w2_KF, *ups = ctx.saved_tensors
+        kept, h_MN, alphas, s_x, s_z, s_dh, s_dy, s_up, s_w2, m_w2, s_F, w2_KF, *ups = ctx.saved_tensors
         rule, kind, tp = ctx.rule, ctx.kind, ctx.tp
         s_dy = scale_in_use(dy_MK, s_dy, E5M2, rule)
         dy8_MK, dy8_t_KM = cast(dy_MK, s_dy, ctx.a_dy, E5M2, rule.record, True, tp is None)
@@ -90,34 +123,39 @@ class _Float8FeedForward(torch.autograd.Function):
         kept = begin_gather(kept, tp)
         if tp is not None:
             dy8_t_KM = transpose(dy8_MK)
-        w2_t_FK = join([w2_KF], s_w2, True)
+        w2_t_FK = join([w2_KF], m_w2, True)
         dz_MF = scaled_mm(dy8_MK, w2_t_FK.t(), s_dy, s_w2, dy_MK.dtype, fast=False)
         if rule.measuring:
             first = torch.zeros_like(s_dh)
-            activate_backward(dz_MF, h_MN, alphas, s_z, torch.ones_like(s_dh), first, kind, E5M2, True)
+            activate_backward(dz_MF, h_MN, alphas, s_z, torch.ones_like(s_dh), first, kind, E5M2, True, s_F)
             s_dh = measured_scale(first, s_dh, E5M2, rule)
         dh8_MN, dh8_t_NM, z8_t_FM, dalphas = activate_backward(
-            dz_MF, h_MN, alphas, s_z, s_dh, ctx.a_dh, kind, E5M2, rule.record
+            dz_MF, h_MN, alphas, s_z, s_dh, ctx.a_dh, kind, E5M2, rule.record, s_F, ctx.a_F
         )
         if rule.observe:
             observe(dy_MK, ctx.o_dy, s_dy, E5M2, moments=True)
+            dz_MF = dz_MF if s_F is None else dz_MF.float() * s_F
             observe(_gradient(dz_MF, h_MN, alphas, kind)[0], ctx.o_dh, s_dh, E5M2, tp)
         up_t_KN = join(ups, s_up, True)
         dx_MK = begin_scatter(scaled_mm(dh8_MN, up_t_KN.t(), s_dh, s_up, dy_MK.dtype, fast=False), tp)
         dw2_KF = scaled_mm(dy8_t_KM, z8_t_FM.t(), s_dy, s_z, w2_KF.dtype, fast=False)
+        if s_F is not None:
+            dw2_KF = dw2_KF.mul_(s_F.reciprocal())
         x8_t_KM = kept if tp is None else transpose(finish(kept, tp, E4M3))
         dup_NK = scaled_mm(dh8_t_NM, x8_t_KM.t(), s_dh, s_x, w2_KF.dtype, fast=False)
         return (
             finish(dx_MK, tp, dy_MK.dtype),
             None if alphas is None else dalphas,
-            *(None,) * 5,
+            *(None,) * 6,
             dw2_KF,
             *dup_NK.split([w.shape[0] for w in ups]),
         )
 
 
 class Float8FeedForward(nn.Module):
-    """Drop-in for the decoder's FeedForward with activation xielu, gelu or swiglu. x: [..., K] -> [..., K], in x's dtype.
+    """Drop-in for the decoder's FeedForward, any activation. x: [..., K] -> [..., K], in x's dtype.
+
+    `dynamic` is for Smooth-SwiGLU: scale features by their amaxes in this call, not in earlier steps.
 
     Under autocast the products run in the autocast dtype. In eval mode scales are used and amaxes are not recorded.
     With `tp`: x [B, S/T, K] -> [B, S/T, K], F/T features on a rank.
@@ -125,21 +163,23 @@ class Float8FeedForward(nn.Module):
 
     tp: Ranks | None = None
 
-    @staticmethod
-    def takes(activation: str) -> bool:
-        return activation in KINDS
-
-    def __init__(self, plain: Any, recipe: Recipe):
+    def __init__(self, plain: Any, recipe: Recipe, dynamic: bool = False):
         """Take over the linears w1, w2, w3 (or None) and the activation of the decoder's FeedForward `plain`."""
         super().__init__()
+        assert plain.activation in (*KINDS, SMOOTH), plain.activation
         self.activation = plain.activation
         self.w1, self.w2, self.w3, self.act = plain.w1, plain.w2, plain.w3, plain.act
         self.probes = plain.probes
         self.recipe = recipe
         self.x = TensorScale(E4M3)
         self.up = WeightScale(self.ups())
-        self.z = TensorScale(E4M3)
-        self.down = WeightScale((self.w2,))
+        if self.activation == SMOOTH:
+            self.z: TensorScale = ChannelScale(self.w2.in_features)
+            self.down: WeightScale = FoldedScale(self.w2, self.z)
+        else:
+            self.z = TensorScale(E4M3)
+            self.down = WeightScale((self.w2,))
+        self.dynamic = dynamic
         self.dh = TensorScale(E5M2, gradient=True)
         self.dy = TensorScale(E5M2, gradient=True)
 
@@ -154,11 +194,21 @@ class Float8FeedForward(nn.Module):
         state = tuple(slot.state() for slot in self.slots().values())
         sites = self.probes["ffn_up"].sums, self.probes["ffn_act"].sums
         alphas = None if self.act is None else self.act.alphas()
+        channels, z = None, self.z
+        if isinstance(z, ChannelScale):
+            used = (None, None, z.column_amax) if self.dynamic else (z.channel_scale, z.channel_amax, None)
+            channels = tuple(None if t is None else z.own(t) for t in used)
+        kind = "swiglu" if self.activation == SMOOTH else self.activation
         y_MK = _Float8FeedForward.apply(
-            x_MK, alphas, state, sites, self.activation, self.recipe.rule(record=self.training), self.tp,
+            x_MK, alphas, state, channels, sites, kind, self.recipe.rule(record=self.training), self.tp,
             *(local(linear.weight).to(x_MK.dtype) for linear in (self.w2, *self.ups())),
         )  # fmt: skip
         return self.probes["ffn_out"](y_MK.view(*x.shape[:-1], -1))
 
     def extra_repr(self) -> str:
-        return f"activation={self.activation}, x,z:delayed_e4m3 w:tensorwise_e4m3 dh,dy:delayed_e5m2"
+        channels = (
+            f", channels={'dynamic' if self.dynamic else 'delayed'}" if self.activation == SMOOTH else ""
+        )
+        return (
+            f"activation={self.activation}{channels}, x,z:delayed_e4m3 w:tensorwise_e4m3 dh,dy:delayed_e5m2"
+        )

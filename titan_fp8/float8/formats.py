@@ -24,7 +24,7 @@ FP8_MAX = {E4M3: 448.0, E5M2: 57344.0}
 ROUNDS_TO_ZERO = {E4M3: 2.0**-10, E5M2: 2.0**-17}  # up to here: half the smallest subnormal, a tie to even
 
 # Scales stay within the normal float32 numbers whose reciprocals are normal too, since kernels flush subnormals.
-_MIN_SCALE, _MAX_SCALE = 2.0**-126, 2.0**126
+MIN_SCALE, MAX_SCALE = 2.0**-126, 2.0**126
 _EXPONENT_MASK = -(1 << 23)  # 0xff800000 as int32: keeps sign and exponent of a float32
 
 
@@ -60,7 +60,7 @@ def scale_from_amax(
     """
     usable = (amax > 0) & amax.isfinite()
     scale = fp8_max / 2.0**margin / torch.where(usable, amax, 1.0)
-    scale = scale.clamp(_MIN_SCALE, _MAX_SCALE)
+    scale = scale.clamp(MIN_SCALE, MAX_SCALE)
     if power_of_two:
         scale = (scale.view(torch.int32) & _EXPONENT_MASK).view(torch.float32)
     return torch.where(usable, scale, 1.0)

@@ -7,12 +7,28 @@ that later steps will use (FOG, arXiv 2505.20524, section 2; the algorithm is Tr
 
 `TensorScale` is one tensor's slot inside a layer; `DelayedScaling` is the whole model's state and updates every slot at
 once, with one MAX all-reduce. A weight's slot (`WeightScale`) has the amax of now, not of earlier steps: nothing can
-jump, and margin does not apply. On the very first step there is no history, and each other tensor is scaled by its own amax.
+jump, and margin does not apply. A tensor whose features have a scale each (`ChannelScale`, Smooth-SwiGLU) brings, as one
+more row of the same all-reduce, the amaxes of its features, and of the columns of the weight that undoes those scales. On
+the very first step there is no history, and each other tensor is scaled by its own amax.
 So are, at any time, the tensors that `use_current` names: slower, but nothing in them can be clamped.
 
     layers write   slot.amax    (max over micro-batches; recomputation under activation checkpointing changes nothing)
     layers read    slot.scale
     update()       stack amaxes, take the weights' -> all-reduce -> history -> scales -> slots
+
+Channel scales, for z [M, F] that a weight w [N, F] multiplies: s_i z_i is cast, and w_i / s_i.
+
+    A_i <- max(amax of z_i, A_i / 2^(1 / 4))        C_i = amax of w_i        P_i = A_i C_i        H = 2^(6 + margin)
+    h_i = H / (P_i / (64 median P)), within 1 and H        D = max_j P_j h_j / H
+    s_i = the largest power of two with s_i max(A_i h_i, H D / (2^12 C_i)) <= 448
+
+A power of two scales exactly, in every format. Within one feature magnitudes differ far less than within a tensor, so E4M3
+has room: with s_i A_i in (3.5, 7] a feature may jump to 64 times its amax before the cast saturates, and what is 2^-8 of
+its amax is still a normal number. The tensor itself then needs no scale: it is 1. P_i is the most that a feature adds to
+the product, and the size of its column of w / s. A feature that adds far more than others has jumped already: it gives up
+its headroom h_i, so that its column does not push theirs out of E4M3. The last bound keeps columns within 2^12 of one
+another, and a feature that is nearly off from a huge s, in which it would saturate as soon as it wakes. Amaxes are soon
+forgotten, for what headroom is there for needs no memory.
 """
 
 from __future__ import annotations
@@ -32,6 +48,7 @@ from titan_fp8.tensor_parallel import Ranks, all_max
 from .formats import (
     E4M3,
     FP8_MAX,
+    MAX_SCALE,
     ROUNDS_TO_ZERO,
     amax,
     fold_amax,
@@ -39,6 +56,13 @@ from .formats import (
     scale_from_amax,
     short_name,
 )
+
+HEADROOM = (
+    6  # binades between a feature's amax and the largest that its cast holds; up to 8 cost no precision
+)
+SPREAD = 12  # binades between the columns of a weight that is divided by features' scales
+OUTLIER = 64.0  # times the median: what a feature adds to the product if it is one
+HALF_LIFE = 4  # steps in which a feature's amax is half forgotten
 
 
 class CastRule(NamedTuple):
@@ -117,11 +141,83 @@ class WeightScale(TensorScale):
         super().__init__(E4M3)
         self.linears = linears  # a tuple: they are others' submodules, and FSDP2 replaces their parameters
 
+    def multiplier(self) -> Tensor:
+        """What weights are multiplied by when they are cast: float32, 0-dim, or one per column."""
+        return self.scale
+
     def weights(self) -> list[Tensor]:
         """This rank's part of each weight; a zero where it has none."""
         weights = [linear.weight.detach() for linear in self.linears]
         weights = [w.to_local() if isinstance(w, DTensor) else w for w in weights]
         return [w if w.numel() else w.new_zeros(1) for w in weights]
+
+
+class ChannelScale(TensorScale):
+    """The slot of an E4M3 activation [M, F] whose features have a scale each; its own is 1 after the first step.
+
+    channel_scale, channel_amax, column_amax [F] float32 (not saved): the scales in use; the unscaled features' amaxes since
+    the last update; the amaxes of the weight's columns. With tensor parallel each rank has all F, and uses `own` of them.
+    """
+
+    channel_scale: Tensor
+    channel_amax: Tensor
+    column_amax: Tensor
+    tp: Ranks | None = None
+
+    def __init__(self, features: int):
+        super().__init__(E4M3)
+        self.features = features
+        for name, value in (("channel_scale", 1.0), ("channel_amax", 0.0), ("column_amax", 0.0)):
+            buffer = torch.full((features,), value, dtype=torch.float32)
+            self.register_buffer(name, buffer, persistent=False)
+
+    def own(self, channels: Tensor) -> Tensor:
+        """A view of this rank's part of [F]."""
+        return channels if self.tp is None else channels.chunk(self.tp.size)[self.tp.rank]
+
+    def extra_repr(self) -> str:
+        return f"delayed_e4m3 x {self.features}"
+
+
+class FoldedScale(WeightScale):
+    """The slot of a weight w [N, F] that undoes the scales of a `ChannelScale`: it is cast divided by them, by columns."""
+
+    def __init__(self, linear: nn.Linear, channels: ChannelScale):
+        super().__init__((linear,))
+        self.channels = (channels,)  # a tuple: a submodule of the layer, not of this slot
+
+    def multiplier(self) -> Tensor:
+        (channels,) = self.channels
+        return folded(self.scale, channels.own(channels.channel_scale))
+
+    def column_amaxes(self) -> Tensor:
+        """[F] float32 over this rank's part of the weight; 0 where it has none."""
+        (channels,) = self.channels
+        (weight,) = self.weights()
+        amaxes = torch.zeros(channels.features, dtype=torch.float32, device=weight.device)
+        if weight.dim() == 2:
+            channels.own(amaxes).copy_(torch.linalg.vector_norm(weight, torch.inf, dim=0))
+        return amaxes
+
+
+def folded(scale: Tensor, channels: Tensor) -> Tensor:
+    """scale / channels, [F]; finite for columns that are all zeros too, since 0 times inf is not."""
+    return (scale / channels).clamp(max=MAX_SCALE)
+
+
+def channel_scales(amaxes: Tensor, columns: Tensor, headroom: int) -> Tensor:
+    """The scales (powers of two, float32) of features with these amaxes, and these of the weight's columns.
+
+    All [..., F], one activation's features in a row.
+    """
+    adds = amaxes * columns
+    usual = OUTLIER * adds.median(-1, keepdim=True).values
+    given_up = torch.where(usual > 0, adds / usual, 1.0).clamp(1.0, 2.0**headroom)
+    most = (adds / given_up).amax(-1, keepdim=True)
+    floor = torch.where(columns > 0, most * 2.0**-SPREAD / columns, 0.0)
+    return scale_from_amax(
+        torch.maximum(amaxes / given_up, floor), FP8_MAX[E4M3], headroom, power_of_two=True
+    )
 
 
 def scale_in_use(x: Tensor, scale: Tensor, dtype: torch.dtype, rule: CastRule) -> Tensor:
@@ -175,7 +271,8 @@ class DelayedScaling(nn.Module):
     """Histories and scales of all N FP8 tensors of a model; a submodule of it, so that checkpoints carry the state.
 
     Buffers (saved): history [H, N] and scale, last_amax, saturation [N] float32; saturated_steps, nonfinite_steps [N] and
-    steps [] int64. `saturation` is the last step's amax over the largest magnitude its scale could hold: above 1 it clamped.
+    steps [] int64; channel_amax and channel_scale [L, F] float32, if L activations have channel scales. `saturation` is
+    the last step's amax over the largest magnitude its scale could hold: above 1 it clamped.
     Not saved: largest [N], the history's maximum; jump [N], the last step's amax over the one before (0: unknown).
     """
 
@@ -193,6 +290,8 @@ class DelayedScaling(nn.Module):
     is_weight: Tensor
     is_current: Tensor
     weight_index: Tensor
+    channel_amax: Tensor
+    channel_scale: Tensor
 
     def __init__(self, slots: Mapping[str, TensorScale], recipe: Recipe):
         super().__init__()
@@ -215,7 +314,17 @@ class DelayedScaling(nn.Module):
         self.register_buffer("is_gradient", torch.zeros(n, dtype=torch.bool), persistent=False)
         self.register_buffer("is_weight", torch.zeros(n, dtype=torch.bool), persistent=False)
         self.register_buffer("is_current", torch.zeros(n, dtype=torch.bool), persistent=False)
-        self.weight_slots = tuple(slot for slot in self.slots if isinstance(slot, WeightScale))
+        self.weight_slots = tuple(
+            slot for slot in self.slots if isinstance(slot, WeightScale) and not isinstance(slot, FoldedScale)
+        )
+        self.channel_slots = tuple(slot for slot in self.slots if isinstance(slot, ChannelScale))
+        self.folded_slots = tuple(slot for slot in self.slots if isinstance(slot, FoldedScale))
+        if self.channel_slots:
+            shape = (len(self.channel_slots), self.channel_slots[0].features)
+            for name in ("channel_amax", "channel_scale"):
+                self.register_buffer(name, torch.zeros(shape, dtype=torch.float32))
+            for name in ("channel_index", "folded_index"):
+                self.register_buffer(name, torch.zeros(shape[0], dtype=torch.int64), persistent=False)
         matrices = sum(len(slot.linears) for slot in self.weight_slots)
         self.register_buffer("weight_index", torch.zeros(matrices, dtype=torch.int64), persistent=False)
         self.skipped: Tensor | None = None  # [] bool, set by the trainer: this step's gradients overflowed
@@ -232,10 +341,12 @@ class DelayedScaling(nn.Module):
         self.fp8_max.copy_(torch.tensor([FP8_MAX[slot.dtype] for slot in self.slots], dtype=torch.float32))
         self.is_gradient.copy_(torch.tensor([slot.gradient for slot in self.slots]))
         self.is_weight.copy_(torch.tensor([isinstance(slot, WeightScale) for slot in self.slots]))
-        index = [
-            i for i, slot in enumerate(self.slots) if isinstance(slot, WeightScale) for _ in slot.linears
-        ]
+        index = [i for i, slot in enumerate(self.slots) if slot in self.weight_slots for _ in slot.linears]
         self.weight_index.copy_(torch.tensor(index, dtype=torch.int64))
+        if self.channel_slots:
+            self.channel_scale.fill_(1.0)
+            for buffer, kind in ((self.channel_index, ChannelScale), (self.folded_index, FoldedScale)):
+                buffer.copy_(torch.tensor([i for i, slot in enumerate(self.slots) if isinstance(slot, kind)]))
         self.refresh()
         self.scale_weights()
 
@@ -251,18 +362,20 @@ class DelayedScaling(nn.Module):
     @torch.no_grad()
     def scale_weights(self) -> None:
         """Scale the weights by their amaxes of now. To be called, on every rank, when something but a step changed them."""
-        if self.scale.is_meta or not self.weight_slots:
+        if self.scale.is_meta or not (self.weight_slots or self.folded_slots):
             return
-        now = self._amaxes({})
+        now, _, columns = self._amaxes({})
+        self._fold(now, columns)
         fresh = scale_from_amax(now, self.fp8_max, 0, self.recipe.power_of_two)
         self.scale.copy_(torch.where(self.is_weight, fresh, self.scale))
         self.last_amax.copy_(torch.where(self.is_weight, now, self.last_amax))
         self._write_slots()
 
-    def _amaxes(self, known: Mapping[Tensor, Tensor]) -> Tensor:
-        """[N] float32: the amax of every slot and every weight, over all ranks; inf where it is not finite.
+    def _amaxes(self, known: Mapping[Tensor, Tensor]) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Over all ranks, inf where not finite: [N] the amax of every slot and every weight, but those that are folded;
+        [L, F] of activations' features, and [L, F] of folded weights' columns, which are not divided by anything yet.
 
-        known: weights' amaxes, used if it has all of them.
+        known: weights' amaxes, used if it has all of them; folded weights are always read.
         """
         now = torch.stack([slot.amax for slot in self.slots])
         if self.weight_slots:
@@ -273,10 +386,42 @@ class DelayedScaling(nn.Module):
                 local = [w for slot in self.weight_slots for w in slot.weights()]
                 norms = list(torch._foreach_norm(local, torch.inf))
             now.scatter_reduce_(0, self.weight_index, _no_nan(torch.stack(norms).float()), "amax")
+        features = columns = None
+        if self.channel_slots:
+            features = torch.stack([slot.channel_amax for slot in self.channel_slots])
+            columns = torch.stack([slot.column_amaxes() for slot in self.folded_slots])
+            now = torch.cat((now, features.flatten(), columns.flatten()))
         now = _no_nan(now)
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(now, op=dist.ReduceOp.MAX)
-        return now
+        if features is not None and columns is not None:
+            sizes = [len(self.slots), features.numel(), columns.numel()]
+            now, features, columns = (
+                part.view(shape)
+                for part, shape in zip(now.split(sizes), ((-1,), features.shape, columns.shape), strict=True)
+            )
+        return now, features, columns
+
+    def _fold(self, now: Tensor, columns: Tensor | None) -> None:
+        """Write the amaxes of folded weights, whose `columns` have these, into `now` [N], in place."""
+        if columns is None:
+            return
+        now.index_copy_(0, self.folded_index, (columns / self.channel_scale).amax(1))
+        torch._foreach_copy_([slot.column_amax for slot in self.channel_slots], list(columns.unbind()))
+
+    def _take_channels(self, now: Tensor, features: Tensor | None, columns: Tensor | None) -> None:
+        """Write the amaxes of what was cast into `now`, in place, and the features' into channel_amax; scale them anew.
+
+        Those that are not finite show in `now`, and change nothing else."""
+        if features is None or columns is None:
+            return
+        cast = features * self.channel_scale
+        seen = torch.where(features.isfinite(), features, 0.0)
+        self.channel_amax.copy_(torch.maximum(seen, self.channel_amax * 2.0 ** (-1 / HALF_LIFE)))
+        self.channel_scale.copy_(channel_scales(self.channel_amax, columns, HEADROOM + self.recipe.margin))
+        # What the first step saw is told as later steps will tell it, so that it can be compared.
+        cast = features * self.channel_scale if self.recipe.calibrating else cast
+        now.index_copy_(0, self.channel_index, cast.amax(1))
 
     def use_current(self, names: Iterable[str]) -> None:
         """Scale these tensors, and no others, by their own amaxes (weights always are) until told otherwise.
@@ -300,6 +445,10 @@ class DelayedScaling(nn.Module):
         scales = torch.where(self.is_current, 0.0, self.scale)
         torch._foreach_copy_([slot.scale for slot in self.slots], list(scales.unbind()))
         torch._foreach_zero_([slot.amax for slot in self.slots])
+        if self.channel_slots:
+            slots = [slot.channel_scale for slot in self.channel_slots]
+            torch._foreach_copy_(slots, list(self.channel_scale.unbind()))
+            torch._foreach_zero_([slot.channel_amax for slot in self.channel_slots])
 
     @torch.no_grad()
     def update(self) -> None:
@@ -309,7 +458,9 @@ class DelayedScaling(nn.Module):
         that saw nothing keeps its scale. In a step that was `skipped`, no gradient's amax enters either: one that is huge
         and just finite would flush that tensor to zero for `history` steps. No host synchronisation.
         """
-        now = self._amaxes(self.stepped)
+        now, features, columns = self._amaxes(self.stepped)
+        self._take_channels(now, features, columns)
+        self._fold(now, columns)
         now = torch.where(self.is_weight & (now == 0), self.last_amax, now)  # not stepped: what it was
         finite = now.isfinite()
         self.nonfinite_steps += ~finite
@@ -334,6 +485,8 @@ class DelayedScaling(nn.Module):
         margins = torch.where(self.is_weight, 0.0, self.recipe.margin)
         fresh = scale_from_amax(largest, self.fp8_max / torch.exp2(margins), 0, self.recipe.power_of_two)
         self.scale.copy_(torch.where(largest > 0, fresh, self.scale))
+        if self.channel_slots:
+            self.scale.index_fill_(0, self.channel_index, 1.0)
         self.largest.copy_(largest)
         self.last_amax.copy_(now)
         self.steps += 1

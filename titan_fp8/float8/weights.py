@@ -1,7 +1,7 @@
 """A weight as FSDP2 gathers it: every rank casts its shard, and E4M3 bytes travel, half as many as in bf16.
 
     sharded     ShardedWeight: the rank's rows in the optimizer's dtype, and the slot that knows the scale
-    gather      cast(rows * slot.scale) -> uint8 [ceil(N / ranks), K] -> all-gather        (gloo knows no float8)
+    gather      cast(rows * slot.multiplier()) -> uint8 [ceil(N / ranks), K] -> all-gather        (gloo knows no float8)
     unsharded   GatheredWeight: q [N, K] E4M3, which a Float8Linear multiplies by as it is
 
 All ranks have the same scale (`WeightScale`, one MAX all-reduce a step for the whole model), so the gathered bytes are those
@@ -113,7 +113,7 @@ class ShardedWeight(Tensor):
         self, mesh, outer_size, outer_stride, module, mp_policy
     ) -> tuple[tuple[Tensor, ...], Any]:
         rows = self.rows if mp_policy.param_dtype is None else self.rows.to(mp_policy.param_dtype)
-        q = cast_rows(rows, self.slot.scale, E4M3).view(torch.uint8)
+        q = cast_rows(rows, self.slot.multiplier(), E4M3).view(torch.uint8)
         missing = -(-outer_size[0] // mesh.size()) - len(q)  # ranks at the end may have fewer rows
         return (nn.functional.pad(q, (0, 0, 0, missing)) if missing else q,), None
 

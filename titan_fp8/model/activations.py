@@ -5,11 +5,12 @@
     alpha_p = softplus(a_p)     alpha_n = beta + softplus(a_n)       a_p, a_n trained, one of each per layer
 
     SwiGLU(u, g)        = u * swish(g)
-    Smooth-SwiGLU(u, g) = s * u * swish(g), then w2(.) / s           s = 1 / max_i |u_i| of the token, constant to autograd
+    Smooth-SwiGLU(u, g) = s * u * swish(g), then w2(.) / s           by token: s = 1 / max_i |u_i|, constant to autograd
 
 xIELU is FOG's (arXiv 2505.20524, section 3); its integral form keeps the slope linear in x, so that outputs stay within a
 small factor of inputs, unlike a gate's product of two learned projections. Smooth-SwiGLU (arXiv 2409.12517, section 4)
 takes the linear branch's size out before the FP8 cast and puts it back behind the GEMM: mathematically nothing changes.
+Here it is by token; by feature it lives where the casts are, in titan_fp8/float8/feed_forward.py.
 
 Each computes in float32 and returns its input's dtype.
 """

@@ -221,9 +221,14 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """w2(act(w1 x)), or with a gate w2(swish(w1 x) * w3 x)."""
+    """w2(act(w1 x)), or with a gate w2(swish(w1 x) * w3 x).
+
+    Smooth-SwiGLU is SwiGLU to mathematics. What its scales are good for is a cast to FP8: convert puts them in, or sets
+    `by_token` for the form that scales each token here, around a w2 that it has converted.
+    """
 
     tp: Ranks | None = None
+    by_token = False
 
     def __init__(self, args: DecoderArgs, observer: Observer | None = None):
         super().__init__()
@@ -243,7 +248,7 @@ class FeedForward(nn.Module):
             return out(self.w2(act(gelu(h_BSF) if self.act is None else self.act(h_BSF))))
         gate_BSF, up_BSF = self.up(x_BSD, self.w1, self.w3)
         up.pair(gate_BSF, up_BSF)
-        if self.activation == "swiglu":
+        if not self.by_token:
             return out(self.w2(act(swiglu(gate_BSF, up_BSF))))
         z_BSF, inverse_scale_BS1 = smooth_swiglu(gate_BSF, up_BSF, self.tp)
         return out(self.w2(act(z_BSF)) * own_stretch(inverse_scale_BS1, self.tp))

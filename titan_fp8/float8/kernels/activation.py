@@ -12,9 +12,14 @@
     swiglu    z = gate s(gate) up               h = [gate | up]
               dgate = dz up s (1 + gate (1 - s))          dup = dz gate s                  dh = [dgate | dup]
 
+Smooth-SwiGLU is swiglu with `channels`, a scale for each feature i (arXiv 2409.12517, section 4), constant to autograd. z
+then leaves as c_i z_i, and dz arrives as the gradient of that: it is multiplied by c_i. The backward takes, on the way, the
+amax of each z_i that later steps scale it by; it sees taller stretches of a column than the forward does.
+
 s is the logistic function. Shapes: h [M, N], z and dz [M, F]; N = F, for swiglu N = 2 F. alphas = (alpha_p, alpha_n) [2]
-float32. All arithmetic is float32 and goes to FP8 without a rounding to 16 bits in between. The forward does not keep z:
-the backward makes it again from h, bit for bit, and stores it as the weight's gradient wants it, contiguous along M.
+float32; channels [F] float32. All arithmetic is float32 and goes to FP8 without a rounding to 16 bits in between. The
+forward does not keep z: the backward makes it again from h, bit for bit, and stores it as the weight's gradient wants it,
+contiguous along M.
 
 expm1(x) is exp(x) - 1 below -1/16 and a Taylor polynomial above. exp(x) - 1 is wrong by up to 2^-22 however small x is: by
 as much as z itself, should h be that small, and far more than b. As it is, expm1 is good to 2^-18 of itself.
@@ -86,10 +91,12 @@ def _gradient(dz: Tensor, h: Tensor, alphas: Tensor | None, kind: str) -> tuple[
 
 
 def reference(
-    h: Tensor, alphas: Tensor | None, scale: Tensor, seen: Tensor, kind: str, record: bool
-) -> Tensor:
+    h: Tensor, alphas: Tensor | None, scale: Tensor, seen: Tensor, kind: str, record: bool,
+    channels: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """z8 [M, F] E4M3 in plain PyTorch. Updates `seen` in place if `record`."""
     z = _activation(h, alphas, kind)
+    z = z if channels is None else z * channels
     if record:
         fold_amax(seen, z)
     return saturating_cast(z, scale, E4M3)
@@ -97,14 +104,19 @@ def reference(
 
 def reference_backward(
     dz: Tensor, h: Tensor, alphas: Tensor | None, z_scale: Tensor, dh_scale: Tensor, dh_seen: Tensor, kind: str,
-    dh_dtype: torch.dtype, record: bool,
+    dh_dtype: torch.dtype, record: bool, channels: Tensor | None = None, z_seen: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """(dh8, dh8_t, z8_t, dalphas) in plain PyTorch; see `activate_backward`. Updates `dh_seen` in place if `record`."""
+    """(dh8, dh8_t, z8_t, dalphas) in plain PyTorch; see `activate_backward`. Updates dh_seen and z_seen if `record`."""
+    z = _activation(h, alphas, kind)
+    if record and z_seen is not None:
+        z_seen.copy_(torch.maximum(z_seen, z.abs().amax(0)))
+    if channels is not None:
+        z, dz = z * channels, dz.float() * channels
     dh, dalphas = _gradient(dz, h, alphas, kind)
     if record:
         fold_amax(dh_seen, dh)
     dh8 = saturating_cast(dh, dh_scale, dh_dtype)
-    z8 = saturating_cast(_activation(h, alphas, kind), z_scale, E4M3)
+    z8 = saturating_cast(z, z_scale, E4M3)
     return dh8, dh8.t().contiguous(), z8.t().contiguous(), dalphas
 
 
@@ -161,8 +173,9 @@ def _record_amax(x, seen_ptr):
 
 @triton.jit
 def _forward_kernel(
-    h_ptr, alphas_ptr, scale_ptr, seen_ptr, z_ptr, M, F, stride_m, stride_n,
-    KIND: tl.constexpr, RECORD: tl.constexpr, EVEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr,
+    h_ptr, alphas_ptr, channels_ptr, scale_ptr, seen_ptr, z_ptr, M, F, stride_m, stride_n,
+    KIND: tl.constexpr, CHANNELS: tl.constexpr, RECORD: tl.constexpr, EVEN: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
@@ -177,6 +190,8 @@ def _forward_kernel(
     else:
         up = tl.load(at + F * stride_n, mask=inside, other=0.0).to(tl.float32)
         z = h * _logistic(-_LOG2_E * h) * up
+    if CHANNELS:
+        z *= tl.load(channels_ptr + columns, mask=columns < F, other=0.0)[None, :]
     if RECORD:
         # xIELU(0) is -1e-6 alpha_n, not 0.
         _record_amax(z if EVEN else tl.where(inside, z, 0.0), seen_ptr)
@@ -197,9 +212,10 @@ def _words(x, dtype: tl.constexpr):
 
 @triton.jit
 def _backward_kernel(
-    dz_ptr, h_ptr, alphas_ptr, z_scale_ptr, dh_scale_ptr, dh_seen_ptr, dh_ptr, dh_t_ptr, z_t_ptr, parts_ptr,
-    M, F, dz_stride_m, dz_stride_n, h_stride_m, h_stride_n,
-    KIND: tl.constexpr, RECORD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr,
+    dz_ptr, h_ptr, alphas_ptr, channels_ptr, z_scale_ptr, dh_scale_ptr, dh_seen_ptr, z_seen_ptr, dh_ptr, dh_t_ptr, z_t_ptr,
+    parts_ptr, M, F, dz_stride_m, dz_stride_n, h_stride_m, h_stride_n,
+    KIND: tl.constexpr, CHANNELS: tl.constexpr, RECORD: tl.constexpr, RECORD_Z: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
     # A thread takes rows 4 * quad + 0..3 of each of its columns: four bytes of a transposed row, exchanged as one word.
     # (Left to transpose bytes, Triton 3.6 exchanges h instead and computes all of z twice.)
@@ -211,7 +227,9 @@ def _backward_kernel(
     dh_dtype: tl.constexpr = dh_ptr.dtype.element_ty
     width = F * 2 if KIND == "swiglu" else F
     largest = tl.zeros((BLOCK_M // 4, BLOCK_F), tl.float32)
-    sum_p, sum_n = largest, largest
+    sum_p, sum_n, z_largest = largest, largest, largest
+    if CHANNELS:
+        channels = tl.load(channels_ptr + columns, mask=columns < F, other=0.0)[None, :]
     hs, ups, dzs = (), (), ()
     # All loads before the first store: none moves up across one, and each waits long.
     for i in tl.static_range(4):
@@ -225,6 +243,8 @@ def _backward_kernel(
     dhs, dups, zs = (), (), ()
     for i in tl.static_range(4):
         h, dz = hs[i].to(tl.float32), dzs[i].to(tl.float32)
+        if CHANNELS:
+            dz *= channels
         dh_at = dh_ptr + (4 * quads + i)[:, None] * width + columns[None, :]
         if KIND == "xielu":
             alpha, b, em1 = _xielu_parts(h, alphas_ptr)
@@ -251,9 +271,18 @@ def _backward_kernel(
             largest = _larger(largest, tl.abs(dh))
         dhs += (dh * dh_scale,)
         tl.store(dh_at, dhs[i].to(dh_dtype), mask=inside)
+        if RECORD_Z:
+            z_largest = _larger(z_largest, tl.abs(z))
+        if CHANNELS:
+            z *= channels
         zs += (z * z_scale,)
     if RECORD:
         _record_amax(largest, dh_seen_ptr)
+    if RECORD_Z:
+        # swiglu(0, 0) is 0: what lies outside does not count.
+        bits = tl.reduce(z_largest, 0, _larger).to(tl.int32, bitcast=True)
+        z_seen_at = z_seen_ptr.to(tl.pointer_type(tl.int32)) + columns
+        tl.atomic_max(z_seen_at, bits, mask=columns < F, sem="relaxed")
     if KIND == "xielu":
         # Summed outside in a fixed order: atomic additions of floats would give another sum each time.
         part = parts_ptr + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
@@ -272,25 +301,27 @@ def _backward_kernel(
 
 @triton_op("titan_fp8::activate", mutates_args={"seen"})
 def activate_op(
-    h: Tensor, alphas: Tensor | None, scale: Tensor, seen: Tensor, kind: str, record: bool
-) -> Tensor:
+    h: Tensor, alphas: Tensor | None, scale: Tensor, seen: Tensor, kind: str, record: bool,
+    channels: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """The kernel behind `activate`, with the arguments of `reference`; h is a 16-bit CUDA tensor."""
     rows, _, features = _sizes(h, kind)
     z8 = torch.empty((rows, features), dtype=E4M3, device=h.device)
     block_m, block_f = 4, 1024
     grid = (triton.cdiv(rows, block_m), triton.cdiv(features, block_f))
     wrap_triton(_forward_kernel)[grid](
-        h, scale if alphas is None else alphas, scale, seen, z8, rows, features, h.stride(0), h.stride(1),
-        KIND=kind, RECORD=record, EVEN=rows % block_m == 0 and features % block_f == 0,
+        h, scale if alphas is None else alphas, scale if channels is None else channels, scale, seen, z8,
+        rows, features, h.stride(0), h.stride(1),
+        KIND=kind, CHANNELS=channels is not None, RECORD=record, EVEN=rows % block_m == 0 and features % block_f == 0,
         BLOCK_M=block_m, BLOCK_F=block_f, num_warps=4,
     )  # fmt: skip
     return z8
 
 
-@triton_op("titan_fp8::activate_backward", mutates_args={"dh_seen"})
+@triton_op("titan_fp8::activate_backward", mutates_args={"dh_seen", "z_seen"})
 def activate_backward_op(
     dz: Tensor, h: Tensor, alphas: Tensor | None, z_scale: Tensor, dh_scale: Tensor, dh_seen: Tensor, kind: str,
-    dh_dtype: torch.dtype, record: bool,
+    dh_dtype: torch.dtype, record: bool, channels: Tensor | None = None, z_seen: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The kernel behind `activate_backward`, with the arguments of `reference_backward`; dz, h: 16-bit CUDA tensors."""
     rows, columns, features = _sizes(h, kind)
@@ -302,9 +333,10 @@ def activate_backward_op(
     grid = (triton.cdiv(rows, block_m), triton.cdiv(features, block_f))
     parts = torch.empty((2, grid[0] * grid[1] if kind == "xielu" else 0), device=h.device)
     wrap_triton(_backward_kernel)[grid](
-        dz, h, z_scale if alphas is None else alphas, z_scale, dh_scale, dh_seen, dh8, dh8_t, z8_t, parts,
+        dz, h, z_scale if alphas is None else alphas, z_scale if channels is None else channels, z_scale, dh_scale,
+        dh_seen, dh_seen if z_seen is None else z_seen, dh8, dh8_t, z8_t, parts,
         rows, features, dz.stride(0), dz.stride(1), h.stride(0), h.stride(1),
-        KIND=kind, RECORD=record,
+        KIND=kind, CHANNELS=channels is not None, RECORD=record, RECORD_Z=record and z_seen is not None,
         BLOCK_M=block_m, BLOCK_F=block_f, num_warps=4,
     )  # fmt: skip
     return dh8, dh8_t, z8_t, parts.sum(1) if kind == "xielu" else parts[0]
@@ -315,25 +347,33 @@ def _kernels_take(h: Tensor) -> bool:
 
 
 def activate(
-    h: Tensor, alphas: Tensor | None, scale: Tensor, seen: Tensor, kind: str, record: bool
-) -> Tensor:
-    """z8 [M, F]: act(h [M, N]) times `scale` in E4M3. h is read once on CUDA; any strides.
+    h: Tensor, alphas: Tensor | None, scale: Tensor, seen: Tensor, kind: str, record: bool,
+    channels: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """z8 [M, F]: act(h [M, N]) times `scale`, and each feature times its entry of `channels`, in E4M3.
 
-    kind: "xielu" with alphas = (alpha_p, alpha_n) [2] float32, "gelu" or "swiglu" with None. scale, seen: 0-dim float32.
-    With `record`, the amax of act(h) is folded into `seen` in place; NaN and inf stay visible there.
+    h is read once on CUDA; any strides. kind: "xielu" with alphas = (alpha_p, alpha_n) [2] float32, "gelu" or "swiglu" with
+    None. scale, seen: 0-dim float32; channels [F] float32, for swiglu. With `record`, the amax of act(h), times channels, is
+    folded into `seen` in place; NaN and inf stay visible there.
     """
-    return (activate_op if _kernels_take(h) else reference)(h, alphas, scale, seen, kind, record)
+    return (activate_op if _kernels_take(h) else reference)(h, alphas, scale, seen, kind, record, channels)
 
 
 def activate_backward(
     dz: Tensor, h: Tensor, alphas: Tensor | None, z_scale: Tensor, dh_scale: Tensor, dh_seen: Tensor, kind: str,
-    dh_dtype: torch.dtype, record: bool,
+    dh_dtype: torch.dtype, record: bool, channels: Tensor | None = None, z_seen: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(dh8 [M, N], dh8_t [N, M], z8_t [F, M], dalphas [2]) from dz [M, F] and the arguments of `activate`.
 
     dh8, dh8_t: the gradient of h times dh_scale in dh_dtype, its amax folded into dh_seen as above. z8_t: `activate`'s
     result for z_scale, transposed, bit for bit. dalphas: the gradient of alphas in float32, the same in every run; empty,
-    (0,), where alphas is None. dz and h have one dtype.
+    (0,), where alphas is None. dz and h have one dtype. z_seen [F] float32: each feature's amax, of act(h) without any
+    scale, is folded into it, with `record`.
     """
     run = activate_backward_op if _kernels_take(h) else reference_backward
-    return run(dz, h, alphas, z_scale, dh_scale, dh_seen, kind, dh_dtype, record)
+    return run(dz, h, alphas, z_scale, dh_scale, dh_seen, kind, dh_dtype, record, channels, z_seen)
+
+
+def channel_amax(h: Tensor) -> Tensor:
+    """[F] float32: each feature's amax of swiglu(h [M, 2 F]); a pass of its own."""
+    return _activation(h, None, "swiglu").abs().amax(0)

@@ -36,7 +36,7 @@ def reference(
 @triton.jit
 def _cast_kernel(
     x_ptr, scale_ptr, seen_ptr, q_ptr, qt_ptr, M, K, stride_m, stride_k, stride_t, first,
-    FP8_MAX: tl.constexpr, RECORD: tl.constexpr, STRAIGHT: tl.constexpr, TRANSPOSED: tl.constexpr,
+    FP8_MAX: tl.constexpr, RECORD: tl.constexpr, STRAIGHT: tl.constexpr, TRANSPOSED: tl.constexpr, COLUMNS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -49,8 +49,11 @@ def _cast_kernel(
         # and an integer atomic gives the same result in any order.
         bits = tl.abs(x).to(tl.int32, bitcast=True)
         tl.atomic_max(seen_ptr.to(tl.pointer_type(tl.int32)), tl.max(tl.max(bits, 1), 0), sem="relaxed")
-    y = x * tl.load(scale_ptr)
-    y = tl.clamp(y, -FP8_MAX, FP8_MAX, propagate_nan=tl.PropagateNan.ALL)
+    if COLUMNS:
+        x *= tl.load(scale_ptr + columns, mask=columns < K, other=0.0)[None, :]
+    else:
+        x *= tl.load(scale_ptr)
+    y = tl.clamp(x, -FP8_MAX, FP8_MAX, propagate_nan=tl.PropagateNan.ALL)
     q = y.to(q_ptr.dtype.element_ty)
     if STRAIGHT:
         tl.store(q_ptr + (first + rows)[:, None] * K + columns[None, :], q, mask=inside)
@@ -71,7 +74,7 @@ def cast_op(
     grid = (triton.cdiv(rows, block_m), triton.cdiv(columns, block_k))
     wrap_triton(_cast_kernel)[grid](
         x, scale, seen, q, qt, rows, columns, x.stride(0), x.stride(1), rows, 0,
-        FP8_MAX=FP8_MAX[dtype], RECORD=record, STRAIGHT=straight, TRANSPOSED=transposed,
+        FP8_MAX=FP8_MAX[dtype], RECORD=record, STRAIGHT=straight, TRANSPOSED=transposed, COLUMNS=False,
         BLOCK_M=block_m, BLOCK_K=block_k, num_warps=4,
     )  # fmt: skip
     return q, qt
@@ -94,7 +97,7 @@ def cast_joined_op(matrices: list[Tensor], scale: Tensor, dtype: torch.dtype, tr
         grid = (triton.cdiv(rows, block_m), triton.cdiv(columns, block_k))
         wrap_triton(_cast_kernel)[grid](
             x, scale, scale, q, qt, rows, columns, x.stride(0), x.stride(1), total, first,
-            FP8_MAX=FP8_MAX[dtype], RECORD=False, STRAIGHT=not transposed, TRANSPOSED=transposed,
+            FP8_MAX=FP8_MAX[dtype], RECORD=False, STRAIGHT=not transposed, TRANSPOSED=transposed, COLUMNS=scale.dim() == 1,
             BLOCK_M=block_m, BLOCK_K=block_k, num_warps=4,
         )  # fmt: skip
         first += rows
@@ -102,8 +105,8 @@ def cast_joined_op(matrices: list[Tensor], scale: Tensor, dtype: torch.dtype, tr
 
 
 def cast_rows(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """x [M, K] times `scale` in FP8, eagerly: one pass over x on CUDA, and no operator's dispatch, which costs the host more
-    than the launch. For what FSDP2 casts before it gathers, hundreds of tensors a step."""
+    """x [M, K] times `scale` (0-dim, or [K]) in FP8, eagerly: one pass over x on CUDA, and no operator's dispatch, which
+    costs the host more than the launch. For what FSDP2 casts before it gathers, hundreds of tensors a step."""
     if x.device.type != "cuda" or not x.numel():
         return saturating_cast(x, scale, dtype)
     rows, columns = x.shape
@@ -111,8 +114,8 @@ def cast_rows(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     grid = (triton.cdiv(rows, 4), triton.cdiv(columns, 2048))
     _cast_kernel[grid](
         x, scale, scale, q, q, rows, columns, x.stride(0), x.stride(1), rows, 0,
-        FP8_MAX=FP8_MAX[dtype], RECORD=False, STRAIGHT=True, TRANSPOSED=False, BLOCK_M=4, BLOCK_K=2048,
-        num_warps=4,  # pyrefly: ignore
+        FP8_MAX=FP8_MAX[dtype], RECORD=False, STRAIGHT=True, TRANSPOSED=False, COLUMNS=scale.dim() == 1,
+        BLOCK_M=4, BLOCK_K=2048, num_warps=4,  # pyrefly: ignore
     )  # fmt: skip
     return q
 
@@ -132,10 +135,11 @@ def cast(
 def cast_joined(matrices: Sequence[Tensor], scale: Tensor, dtype: torch.dtype, transposed: bool) -> Tensor:
     """Matrices x_i [M_i, K] times `scale` in FP8, one below the other [M, K], or that transposed [K, M]; M = sum of M_i.
 
-    Matrices that are FP8 already must be of `dtype`; they are not scaled.
+    scale: 0-dim float32, or [K]: each column has its own. Matrices that are FP8 already must be of `dtype`; they are not
+    scaled.
     """
     if is_fp8(matrices[0].dtype):
-        scale = torch.ones_like(scale)
+        scale = torch.ones((), device=scale.device)
     if scale.device.type == "cuda" and all(x.dtype.itemsize <= 2 for x in matrices):
         return cast_joined_op(list(matrices), scale, dtype, transposed)
     with torch.autocast(scale.device.type, enabled=False):  # it knows no cat of FP8
