@@ -98,14 +98,14 @@ VARIANTS = {
     "fog_flash fp8 full": Recipe("fog_flash", "delayed", True),
     # Not by default: on request.
     "llama bf16": Recipe("llama", "bf16"),
-    "llama fp8 linears, smooth": Recipe("llama", "delayed", smooth="channel_delayed"),
-    "llama fp8 linears, smooth dynamic": Recipe("llama", "delayed", smooth="channel_dynamic"),
-    "llama fp8 linears, smooth token": Recipe("llama", "delayed", smooth="token_dynamic"),
+    "llama fp8 linears + smooth": Recipe("llama", "delayed", smooth="channel_delayed"),
+    "llama fp8 linears + smooth dynamic": Recipe("llama", "delayed", smooth="channel_dynamic"),
+    "llama fp8 linears + smooth token": Recipe("llama", "delayed", smooth="token_dynamic"),
     "fog_max bf16": Recipe("fog_max", "bf16"),
     "fog_max fp8 linears": Recipe("fog_max", "delayed"),
     "fog_max fp8 full + statistics": Recipe("fog_max", "delayed", True, statistics=True),
     "llama fp8 full + statistics": Recipe("llama", "delayed", True, statistics=True),
-    "fog_max fp8 full, cudnn": Recipe("fog_max", "delayed", True, forward="cudnn"),
+    "fog_max fp8 full + cudnn": Recipe("fog_max", "delayed", True, forward="cudnn"),
     "fog_max fp8 full + adam16": Recipe("fog_max", "delayed", True, moments="bf16"),
     "fog_max fp8 full + head + adam16": Recipe("fog_max", "delayed", True, True, "bf16"),
 }

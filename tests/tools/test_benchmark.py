@@ -75,7 +75,7 @@ def test_smooth_variants_are_the_same_llama_with_scales(bench):
     """At Llama 2's shapes, of which the stock model must have the same."""
     shape, names = (
         bench.main.SHAPES["7b-slice"],
-        ("torchtitan bf16", "llama fp8 linears", "llama fp8 linears, smooth"),
+        ("torchtitan bf16", "llama fp8 linears", "llama fp8 linears + smooth"),
     )
     models = [bench.main.build(shape, 256, bench.main.VARIANTS[name]) for name in names]
     bench.main.check_parameters(
