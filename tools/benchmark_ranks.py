@@ -23,7 +23,6 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
@@ -33,6 +32,7 @@ from titan_fp8 import device
 
 device.install()  # before anything of torchtitan is imported
 
+import benchmark  # noqa: E402  # pyrefly: ignore
 import plan  # noqa: E402  # pyrefly: ignore
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
@@ -55,25 +55,11 @@ from titan_fp8.optim import Fp8AdamW  # noqa: E402
 MAX_NORM, SEED = 1.0, 0
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """preset None: torchtitan's own Llama, with torchao's float8 linears unless `linears` is bf16."""
-
-    preset: str | None
-    linears: str
-    attention: bool = False
-    head: bool = False
-    fp8_adam: bool = False
-
-
-VARIANTS = {
-    "torchtitan bf16": Recipe(None, "bf16"),
-    "torchao tensorwise": Recipe(None, "tensorwise"),
-    "llama fp8 linears": Recipe("llama", "delayed"),
-    "fog_max fp8 full": Recipe("fog_max", "delayed", True),
-    "fog_max fp8 full + head + adam": Recipe("fog_max", "delayed", True, True, True),
-    "fog_max bf16": Recipe("fog_max", "bf16"),
-}
+NAMES = (
+    *("torchtitan bf16", "torchao tensorwise", "llama fp8 linears", "fog_max fp8 full"),
+    *("fog_max fp8 full + head + adam", "fog_max bf16"),
+)
+VARIANTS = {name: benchmark.VARIANTS[name] for name in NAMES}
 
 
 def shape_args(options: argparse.Namespace, preset: str) -> DecoderArgs:
@@ -85,7 +71,9 @@ def shape_args(options: argparse.Namespace, preset: str) -> DecoderArgs:
     return args
 
 
-def ours(options: argparse.Namespace, recipe: Recipe, dims: ParallelDims, config: JobConfig) -> nn.Module:
+def ours(
+    options: argparse.Namespace, recipe: benchmark.Recipe, dims: ParallelDims, config: JobConfig
+) -> nn.Module:
     """On meta, converted and parallelised."""
     assert recipe.preset is not None
     fp8 = Fp8(recipe=recipe.linears, lm_head="fp8" if recipe.head else "bf16")  # type: ignore
@@ -99,7 +87,7 @@ def ours(options: argparse.Namespace, recipe: Recipe, dims: ParallelDims, config
 
 
 def stock(
-    options: argparse.Namespace, recipe: Recipe, dims: ParallelDims, config: JobConfig
+    options: argparse.Namespace, recipe: benchmark.Recipe, dims: ParallelDims, config: JobConfig
 ) -> tuple[nn.Module, Any]:
     """(torchtitan's Llama on meta, parallelised; its float8 converter or None)."""
     from torchtitan.models.llama3 import Transformer, TransformerModelArgs
@@ -154,7 +142,7 @@ class Run:
         self.model = model.train()
         self.scaling = scaling_state(model)
         settings: dict[str, Any] = {"lr": 1e-4, "betas": (0.9, 0.95), "weight_decay": 0.1}
-        if self.recipe.fp8_adam:
+        if self.recipe.moments == "fp8":
             self.optimizer: torch.optim.Optimizer = Fp8AdamW(model.parameters(), **settings)
         else:
             self.optimizer = torch.optim.AdamW(model.parameters(), **settings, fused=True)
@@ -352,7 +340,7 @@ def predicted(name: str, options: argparse.Namespace, dims: ParallelDims, gpu: s
     args = shape_args(options, recipe.preset or "llama")
     mine = plan.Recipe(
         linears=recipe.linears, attention=recipe.attention, head_fp8=recipe.head, master=2, compute=2, reduce=4,
-        moments=2 + 8 / 256 if recipe.fp8_adam else 4, checkpointing=options.ac,
+        moments=2 + 8 / 256 if recipe.moments == "fp8" else 4, checkpointing=options.ac,
     )  # fmt: skip
     layout = plan.Layout(1, dims.dp_shard, dims.tp, options.batch, options.seq_len, 1)
     result = plan.plan(args, mine, layout, plan.GPUS[gpu], ["layers.*"])
@@ -403,7 +391,7 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--batch", type=int, default=1, help="sequences on a data-parallel rank")
     parser.add_argument("--tp", type=int, default=1)
     parser.add_argument("--ac", choices=("none", "selective", "full"), default="none")
-    parser.add_argument("--variants", default=",".join(list(VARIANTS)[:5]), help=f"of: {', '.join(VARIANTS)}")
+    parser.add_argument("--variants", default=",".join(NAMES[:5]), help=f"of: {', '.join(VARIANTS)}")
     parser.add_argument("--warm-up", type=int, default=4, help="steps before the clock starts")
     parser.add_argument(
         "--steps", type=int, default=6, help="timed steps, twice: synchronised, and back to back"
