@@ -416,8 +416,9 @@ def test_zeros_give_zeros_and_nan_comes_out(fp8):
             clean = 128 if name == "v" else 150
             assert got["o"][0, 0, 150:].isnan().any(-1)[0] and not got["o"][0, 0, :clean].isnan().any(), name
         assert got["dq"][0, 0, 150].isnan().any() and got["dk"].isnan().any(), name
-        # Tiles of 128: in the tile of a NaN key, dS = 0 of an earlier query times NaN is NaN, as in bf16 kernels.
-        assert not got["dq"][0, 0, : 128 if name == "k" else 150].isnan().any(), name
+        # Tiles of 128: in the tile of a NaN key, dS = 0 of an earlier query times NaN is NaN, as in bf16 kernels; and dS of
+        # a query has its o.
+        assert not got["dq"][0, 0, : 128 if name in ("k", "v") else 150].isnan().any(), name
 
 
 @gpu

@@ -301,9 +301,14 @@ def _backward_kernel(
 
 @triton_op("titan_fp8::activate", mutates_args={"seen"})
 def activate_op(
-    h: Tensor, alphas: Tensor | None, scale: Tensor, seen: Tensor, kind: str, record: bool,
-    channels: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+    h: Tensor,
+    alphas: Tensor | None,
+    scale: Tensor,
+    seen: Tensor,
+    kind: str,
+    record: bool,
+    channels: Tensor | None,
+) -> Tensor:
     """The kernel behind `activate`, with the arguments of `reference`; h is a 16-bit CUDA tensor."""
     rows, _, features = _sizes(h, kind)
     z8 = torch.empty((rows, features), dtype=E4M3, device=h.device)
@@ -321,7 +326,7 @@ def activate_op(
 @triton_op("titan_fp8::activate_backward", mutates_args={"dh_seen", "z_seen"})
 def activate_backward_op(
     dz: Tensor, h: Tensor, alphas: Tensor | None, z_scale: Tensor, dh_scale: Tensor, dh_seen: Tensor, kind: str,
-    dh_dtype: torch.dtype, record: bool, channels: Tensor | None = None, z_seen: Tensor | None = None,
+    dh_dtype: torch.dtype, record: bool, channels: Tensor | None, z_seen: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The kernel behind `activate_backward`, with the arguments of `reference_backward`; dz, h: 16-bit CUDA tensors."""
     rows, columns, features = _sizes(h, kind)
