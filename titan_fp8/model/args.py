@@ -162,6 +162,12 @@ FLAVORS = Flavors(
         "debug": DecoderArgs(
             dim=128, n_layers=4, n_heads=4, n_kv_heads=2, ffn_dim=256, max_seq_len=2048, tie_embeddings=True
         ),
+        "3m": DecoderArgs(
+            dim=256, n_layers=4, n_heads=4, n_kv_heads=2, ffn_dim=768, max_seq_len=2048, tie_embeddings=True
+        ),
+        "50m": DecoderArgs(
+            dim=512, n_layers=12, n_heads=8, n_kv_heads=4, ffn_dim=1536, max_seq_len=4096, tie_embeddings=True
+        ),
         "390m": DecoderArgs(
             dim=1024, n_layers=16, n_heads=8, n_kv_heads=4, ffn_dim=4096, max_seq_len=8192, tie_embeddings=True
         ),

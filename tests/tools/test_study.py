@@ -1,0 +1,135 @@
+"""tools/study.py: what a study's file says, runs that go on where they stopped, what is kept of them, and the report."""
+
+from __future__ import annotations
+
+import math
+import sys
+from pathlib import Path
+
+import pytest
+
+from titan_fp8.errors import UserError
+
+sys.path.insert(0, str(Path(__file__).parent.parent.parent / "tools"))
+import study
+
+TINY = """
+[study]
+title = "A test"
+text = "What it asks."
+baseline = "wide"
+keep = ["tokens", "loss", "statistics.kurtosis"]
+
+[flags]
+training = { steps = 6, seq_len = 32, local_batch_size = 4 }
+metrics = { log_freq = 1, enable_tensorboard = false }
+architecture.n_layers = 1
+validation.enable = false
+prometheus.enable = false
+checkpoint.interval = 2
+
+[arms.wide]
+fp8.recipe = "bf16"
+fp8.attention = "off"
+
+[arms."FOG full"]
+"fp8.amax_history" = 4
+"""
+
+
+@pytest.fixture
+def tiny(tmp_path) -> Path:
+    path = tmp_path / "tiny.toml"
+    path.write_text(TINY)
+    return path
+
+
+def test_flags_of_a_run_are_the_common_ones_and_its_own(tiny):
+    loaded = study.load(tiny)
+    assert loaded.arms == ["wide", "FOG full"] and loaded.folder == tiny.with_suffix("")
+    run = loaded.runs[1]
+    assert run.name == "fog-full-1" and run.result == loaded.folder / "results" / "fog-full-1.jsonl.gz"
+    assert "--training.seq_len=32" in run.arguments and "--fp8.amax_history=4" in run.arguments
+    assert "--metrics.enable_tensorboard=false" in run.arguments and "--debug.seed=1" in run.arguments
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (('baseline = "wide"', 'baseline = "narrow"'), "baseline must be one of the arms, got 'narrow'"),
+        (('keep = ["', 'kept = ["'), "got kept: rename it"),
+        (("[flags]", "[flag]"), r"got \[flag\]"),
+        (('text = "', "text = "), "mend it"),
+        (('title = "A test"', "seeds = [1, -2]"), "seeds must be whole numbers"),
+        (('"FOG full"', '"WIDE!"'), "arms must differ"),
+    ],
+)
+def test_bad_studies_are_refused(tiny, change, words):
+    tiny.write_text(TINY.replace(*change))
+    with pytest.raises(UserError, match=words):
+        study.load(tiny)
+
+
+def test_bad_choices_are_refused(tiny):
+    loaded = study.load(tiny)
+    assert [run.name for run in study.choose(loaded, "wide", "1")] == ["wide-1"]
+    for arms, seeds in (("narrow", None), (None, "3"), (None, "x")):
+        with pytest.raises(UserError):
+            study.choose(loaded, arms, seeds)
+    tiny.write_text(TINY.replace('"fp8.amax_history" = 4', '"fp8.amax_history" = -4'))
+    with pytest.raises(UserError, match=r"arm 'FOG full': .*amax_history"):
+        study.check(study.load(tiny), study.load(tiny).runs)
+
+
+def test_kept_is_what_was_asked_for():
+    row = {
+        "kind": "train", "step": 3, "loss": 1.23456789, "lr": 0.1, "nonfinite": ["grad_norm"], "grad_norm": None,
+        "statistics": {"layers.0.q": {"kurtosis": 3.0000001, "mean": 1.0}, "layers.0.k": {"mean": 2.0}},
+    }  # fmt: skip
+    assert study.kept(row, ("loss", "grad_norm", "statistics.kurtosis")) == {
+        "kind": "train", "step": 3, "loss": 1.2346, "nonfinite": ["grad_norm"], "grad_norm": None,
+        "statistics": {"layers.0.q": {"kurtosis": 3.0}},
+    }  # fmt: skip
+
+
+def test_the_gap_is_of_the_same_seeds():
+    def arm(losses):
+        return study.Arm("x", [], [], losses, {}, [], True)
+
+    mean, error = study.gap(arm({1: 2.02, 2: 3.0}), arm({1: 2.0, 2: 3.0, 3: 9.0}))
+    assert mean == pytest.approx(0.5) and error == pytest.approx(0.5)
+    assert study.gap(arm({1: math.inf, 2: 3.0}), arm({1: 2.0, 2: 3.0})) is None
+    assert study.gap(arm({1: 2.0}), arm({2: 2.0})) is None
+
+
+def test_runs_stop_go_on_and_are_reported(tiny, tmp_path, capsys):
+    """Asked to stop at once, the runs save and end; the same command finishes them; a third has nothing to do."""
+    assert study.main(["run", str(tiny), "--jobs", "2", "--seconds", "0"]) == 1
+    loaded = study.load(tiny)
+    assert not any(run.ended() for run in loaded.runs)
+    assert study.main(["run", str(tiny), "--jobs", "2"]) == 0
+    for run in loaded.runs:
+        rows = study.rows_of(run)
+        train = [row for row in rows if row["kind"] == "train"]
+        assert [row["step"] for row in train] == [1, 2, 3, 4, 5, 6]
+        assert rows[-1]["kind"] == "outcome" and rows[-1]["status"] == "finished" and rows[-1]["step"] == 6
+        assert {"kind", "step", "tokens", "loss", "statistics"} == train[-1].keys()
+        written = run.result.stat().st_mtime_ns
+        assert study.main(["run", str(tiny), "--arms", run.arm]) == 0
+        assert run.result.stat().st_mtime_ns == written
+    capsys.readouterr()
+    assert study.main(["report", str(tiny), "--out", str(tmp_path / "STUDY.md")]) == 0
+    text = (tmp_path / "STUDY.md").read_text()
+    assert "## A test" in text and "What it asks." in text and "| FOG full | 1 | 0.0 M |" in text
+    assert (loaded.folder / "curves.png").stat().st_size > 10_000
+    assert study.main(["status", str(tiny)]) == 0
+    assert capsys.readouterr().out.count("finished") == 2
+
+
+def test_a_run_that_cannot_start_ends_the_study(tiny, capsys):
+    tiny.write_text(
+        TINY.replace('"fp8.amax_history" = 4', '"data.source" = "files"\n"data.path" = "/nowhere"')
+    )
+    assert study.main(["run", str(tiny), "--arms", "FOG full"]) == 1
+    assert "/nowhere" in capsys.readouterr().err
+    assert not any(run.ended() for run in study.load(tiny).runs)

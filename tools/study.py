@@ -1,0 +1,644 @@
+"""Train many runs that differ in little, keep their numbers, and say what differed.
+
+    python tools/study.py run STUDY.toml [--jobs 4] [--seconds 500] [--arms "a,b"] [--seeds 1,2]   go on with what is missing
+    python tools/study.py status STUDY.toml                                                        what is there
+    python tools/study.py report STUDY.toml [MORE.toml ...] --out STUDY.md                         tables and pictures
+
+A study is a TOML file; flags are those of run_train.sh, as "section.key" or as nested tables:
+
+    [study]
+    title = "What it asks"
+    config = "train_configs/debug.toml"   all runs start from it; relative to the repository
+    baseline = "llama bf16"               the arm that others are compared with
+    seeds = [1, 2, 3]                     of each arm
+    keep = ["loss", "statistics.amax"]    what of a logged step stays in results/; left out: all. A statistic: of every site
+
+    [flags]                               of all runs
+    "training.steps" = 1000
+
+    [arms."llama bf16"]                   what one arm has beside them
+    "fp8.recipe" = "bf16"
+
+Beside the TOML file NAME.toml lies the folder NAME: NAME/runs/ARM-SEED is the dump folder of a run (not for git),
+NAME/results/ARM-SEED.jsonl.gz are the rows of a run that came to its end, small enough to be kept.
+
+A run is a process on one GPU (or on the CPU, where there is none); --jobs share one, whose times then mean little and are
+not compared. After --seconds, or on SIGINT or SIGTERM, no run is started any more and those under way save a checkpoint; the
+same command goes on from there. A run that the trainer stopped because it diverged has come to its end too. A run that cannot
+start ends the study with its error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gzip
+import io
+import json
+import math
+import os
+import platform
+import re
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import time
+import tomllib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # runs from a checkout, installed or not
+
+from titan_fp8.errors import UserError  # noqa: E402
+from titan_fp8.stability import journal  # noqa: E402
+
+GRACE = 90.0  # seconds that a run has for its checkpoint
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run of a study."""
+
+    arm: str
+    seed: int
+    folder: Path
+    result: Path
+    flags: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    @property
+    def arguments(self) -> list[str]:
+        return [f"--{key}={_text(value)}" for key, value in self.flags.items()]
+
+    def outcome(self) -> dict[str, Any] | None:
+        """How the run ended (written by `Scheduler`), or None if it has not."""
+        try:
+            return json.loads((self.folder / "outcome.json").read_text())
+        except FileNotFoundError:
+            return None
+
+    def ended(self) -> bool:
+        return self.result.exists()
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study's file."""
+
+    path: Path
+    title: str
+    text: str
+    config: Path
+    baseline: str
+    keep: tuple[str, ...]
+    runs: list[Run]
+
+    @property
+    def folder(self) -> Path:
+        return self.path.with_suffix("")
+
+    @property
+    def arms(self) -> list[str]:
+        return list(dict.fromkeys(run.arm for run in self.runs))
+
+
+def slug(name: str) -> str:
+    return re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-")
+
+
+def flatten(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested tables as dotted keys."""
+    found: dict[str, Any] = {}
+    for key, value in table.items():
+        found |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return found
+
+
+def _text(value: Any) -> str:
+    """A TOML value as a flag has it."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return ",".join(map(_text, value)) if isinstance(value, list) else str(value)
+
+
+def load(path: Path) -> Study:
+    """Read a study. Raises UserError if it is not one."""
+    try:
+        content = tomllib.loads(path.read_text())
+    except OSError as error:
+        raise UserError(
+            f"a study must be a TOML file, got {path} ({error.strerror}): see studies/ for some"
+        ) from error
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"a study must be a TOML file, got {path} ({error}): mend it") from error
+    for name in content.keys() - {"study", "flags", "arms"}:
+        raise UserError(f"{path} must have [study], [flags] and [arms] only, got [{name}]: rename it")
+    about, arms = content.get("study", {}), content.get("arms", {})
+    for key in about.keys() - {"title", "text", "config", "baseline", "seeds", "keep"}:
+        raise UserError(
+            f"{path} [study] must have title, text, config, baseline, seeds, keep only, got {key}: rename it"
+        )
+    seeds = about.get("seeds", [1])
+    if not arms or not all(isinstance(flags, dict) for flags in arms.values()):
+        raise UserError(
+            f'{path} must have an arm, got {list(arms) or "none"}: write [arms."a name"] and its flags'
+        )
+    if not seeds or not all(type(seed) is int and seed >= 0 for seed in seeds):
+        raise UserError(f"{path} seeds must be whole numbers, got {seeds}: write seeds = [1, 2, 3]")
+    baseline = about.get("baseline", next(iter(arms)))
+    if baseline not in arms:
+        raise UserError(
+            f"{path} baseline must be one of the arms, got {baseline!r}: choose of {', '.join(arms)}"
+        )
+    if len({slug(arm) for arm in arms}) < len(arms) or any("," in arm for arm in arms):
+        raise UserError(
+            f"{path} arms must differ in letters and digits and have no commas, got {list(arms)}: rename some"
+        )
+    folder, runs = path.with_suffix(""), []
+    for seed in seeds:
+        for arm, flags in arms.items():
+            name = f"{slug(arm)}-{seed}"
+            all_flags = flatten(content.get("flags", {})) | flatten(flags)
+            all_flags |= {"debug.seed": seed, "job.dump_folder": str(folder / "runs" / name)}
+            result = folder / "results" / f"{name}.jsonl.gz"
+            runs.append(Run(arm, seed, folder / "runs" / name, result, all_flags))
+    config = ROOT / about.get("config", "train_configs/debug.toml")
+    return Study(
+        path, about.get("title", path.stem), about.get("text", ""), config, baseline, tuple(about.get("keep", ())), runs
+    )  # fmt: skip
+
+
+def choose(study: Study, arms: str | None, seeds: str | None) -> list[Run]:
+    """The runs of some arms and seeds. Raises UserError for a name that is none."""
+    wanted = [name.strip() for name in arms.split(",")] if arms else study.arms
+    for name in wanted:
+        if name not in study.arms:
+            raise UserError(f"--arms must be of {', '.join(study.arms)}, got {name!r}: choose of them")
+    known = sorted({run.seed for run in study.runs})
+    try:
+        numbers = [int(seed) for seed in seeds.split(",")] if seeds else known
+    except ValueError:
+        raise UserError(f"--seeds must be numbers with commas, got {seeds}: write 1,2") from None
+    for seed in numbers:
+        if seed not in known:
+            raise UserError(f"--seeds must be of {known}, got {seed}: add it to the study")
+    return [run for run in study.runs if run.arm in wanted and run.seed in numbers]
+
+
+def check(study: Study, runs: list[Run]) -> None:
+    """Read every arm's configuration as the trainer will. Raises UserError for the first that cannot run."""
+    from titan_fp8.config import load_config
+
+    for run in {run.arm: run for run in runs}.values():
+        try:
+            load_config(["--job.config_file", str(study.config), *run.arguments])
+        except UserError as error:
+            raise UserError(f"arm {run.arm!r}: {error}") from None
+
+
+# ---- Runs ----
+
+
+class Scheduler:
+    """Starts runs where there is room, and writes down how they ended."""
+
+    def __init__(self, study: Study, jobs: int, seconds: float):
+        import torch
+
+        gpus = [str(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else [""]
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+        names = visible.split(",") if visible and gpus != [""] else gpus
+        self.device = torch.cuda.get_device_name() if gpus != [""] else platform.machine()
+        self.study, self.jobs = study, jobs
+        self.free = [gpu for _ in range(jobs) for gpu in names]
+        self.until = time.monotonic() + seconds
+        self.active: dict[subprocess.Popen[bytes], tuple[Run, str, float]] = {}
+        self.asked_at: float | None = None  # when runs were asked to stop
+
+    def __call__(self, runs: list[Run]) -> int:
+        """Run all of them that have not ended. Returns how many have not then."""
+        waiting = [run for run in runs if not run.ended()]
+        handlers = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            while self.active or (waiting and self.asked_at is None):
+                while waiting and self.free and self.asked_at is None:
+                    self._start(waiting.pop(0))
+                time.sleep(0.2)
+                for process in [process for process in self.active if process.poll() is not None]:
+                    self._end(process)
+                if self.asked_at is None and time.monotonic() > self.until:
+                    self._ask()
+                if self.asked_at is not None and time.monotonic() > self.asked_at + GRACE:
+                    for process in self.active:
+                        process.kill()
+        finally:
+            for process in self.active:
+                process.kill()
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+        return sum(not run.ended() for run in runs)
+
+    def _ask(self, number: int = 0, frame: FrameType | None = None) -> None:
+        self.asked_at = self.asked_at or time.monotonic()
+        for run, _, _ in self.active.values():
+            (run.folder / "stop").touch()
+
+    def _start(self, run: Run) -> None:
+        gpu = self.free.pop(0)
+        run.folder.mkdir(parents=True, exist_ok=True)
+        for name in ("stop", "error"):
+            (run.folder / name).unlink(missing_ok=True)
+        (run.folder / "error").touch()
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        environment = os.environ | {
+            "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+            "TITAN_FP8_STOP_FILE": str(run.folder / "stop"), "TITAN_FP8_ERROR_FILE": str(run.folder / "error"),
+            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
+        }  # fmt: skip
+        environment["PYTHONPATH"] = os.pathsep.join(
+            [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+        )
+        if gpu:
+            environment["CUDA_VISIBLE_DEVICES"] = gpu
+        command = [sys.executable, "-m", "titan_fp8.train", "--job.config_file", str(self.study.config)]
+        with open(run.folder / "console.log", "ab") as log:
+            process = subprocess.Popen(
+                [*command, *run.arguments], stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=environment, cwd=ROOT,
+                start_new_session=True,  # ^C is ours to pass on
+            )  # fmt: skip
+        self.active[process] = (run, gpu, time.monotonic())
+
+    def _end(self, process: subprocess.Popen[bytes]) -> None:
+        run, gpu, started = self.active.pop(process)
+        self.free.append(gpu)
+        seconds = time.monotonic() - started
+        error = (run.folder / "error").read_text().strip()
+        rows = [row for row in rows_of(run) if row["kind"] == "train"]
+        step = rows[-1]["step"] if rows else 0
+        stopped = (run.folder / "stop").exists() and process.returncode == 0
+        had_ended = "holds a finished run" in error  # and whoever should have collected it was killed
+        before = (run.outcome() or {}).get("seconds", 0.0)
+        outcome = {
+            "status": "asked to stop" if stopped else "finished" if process.returncode == 0 or had_ended else "stopped",
+            "exit": process.returncode, "step": step, "error": error, "seconds": round(before + seconds, 1),
+            "device": self.device, "jobs": self.jobs, "titan_fp8": _commit(), "torch": _torch_version(),
+        }  # fmt: skip
+        if process.returncode and not (process.returncode == 2 and rows):
+            if self.asked_at is None:  # not killed by us
+                tail = error or f"exit status {process.returncode}, see {run.folder / 'console.log'}"
+                self._ask()
+                print(f"{run.name}: {tail}", file=sys.stderr, flush=True)
+            return
+        _write(run.folder / "outcome.json", json.dumps(outcome, indent=1).encode())
+        if not stopped:
+            collect(run, self.study.keep, outcome)
+        print(f"{run.name}: {outcome['status']} at step {step}, {seconds:.0f} s {error}".rstrip(), flush=True)
+
+
+def rows_of(run: Run) -> list[dict[str, Any]]:
+    """All rows of a run, from its result, or from its folder while it has none."""
+    if run.ended():
+        with gzip.open(run.result, "rt") as file:
+            return [json.loads(line) for line in file]
+    path = run.folder / "metrics.jsonl"
+    return journal.read(path) if path.exists() else []
+
+
+def kept(row: dict[str, Any], keep: tuple[str, ...]) -> dict[str, Any]:
+    """What `keep` says of a logged step, floats with 5 digits."""
+    found = {key: row[key] for key in ("kind", "step", "nonfinite", *keep) if key in row}
+    wanted = {key.partition(".")[2] for key in keep if key.startswith("statistics.")}
+    if wanted:
+        sites = (row.get("statistics") or {}).items()
+        chosen = {site: {k: v for k, v in values.items() if k in wanted} for site, values in sites}
+        found["statistics"] = {site: values for site, values in chosen.items() if values}
+
+    def shorten(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: shorten(inner) for key, inner in value.items()}
+        return float(f"{value:.5g}") if isinstance(value, float) and math.isfinite(value) else value
+
+    return shorten(found)
+
+
+def collect(run: Run, keep: tuple[str, ...], outcome: dict[str, Any]) -> None:
+    """Write the run's result: its rows, the logged ones with the keys of `keep` only, and last how it ended."""
+    lines = io.BytesIO()
+    with gzip.GzipFile(fileobj=lines, mode="wb", compresslevel=9, mtime=0) as file:
+        for row in journal.read(run.folder / "metrics.jsonl"):
+            if row["kind"] == "train" and keep:
+                row = kept(row, keep)
+            file.write((json.dumps(row, separators=(",", ":")) + "\n").encode())
+        end = {"kind": "outcome", **outcome}
+        file.write((json.dumps(end, separators=(",", ":")) + "\n").encode())
+    run.result.parent.mkdir(parents=True, exist_ok=True)
+    _write(run.result, lines.getvalue())
+
+
+def _write(path: Path, content: bytes) -> None:
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.rename(path)
+
+
+def _commit() -> str:
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        return subprocess.check_output(
+            ["git", "describe", "--always", "--dirty"], cwd=ROOT, text=True, stderr=subprocess.DEVNULL
+        ).strip()
+    return "unknown"
+
+
+def _torch_version() -> str:
+    from importlib.metadata import version
+
+    return version("torch")
+
+
+# ---- Report ----
+
+
+@dataclass
+class Arm:
+    """What the ended runs of an arm say. Lists have an entry per run; a run that diverged has losses of inf."""
+
+    name: str
+    runs: list[Run]
+    train: list[list[dict[str, Any]]]
+    losses: dict[
+        int, float
+    ]  # seed -> last validation loss, or the mean of the last 50 training rows where there is none
+    diverged: dict[int, int]  # seed -> step
+    outcomes: list[dict[str, Any]]
+    validated: bool
+
+    @property
+    def tokens(self) -> int:
+        return max((rows[-1].get("tokens", 0) for rows in self.train if rows), default=0)
+
+    @property
+    def speeds(self) -> list[float]:
+        """Tokens per second of the runs that had their GPU alone: the median over the later half."""
+        alone = [
+            rows for rows, outcome in zip(self.train, self.outcomes, strict=True) if outcome["jobs"] == 1
+        ]
+        return [
+            statistics.median(found)
+            for rows in alone
+            if (
+                found := [
+                    row["tokens_per_second"] for row in rows[len(rows) // 2 :] if row.get("tokens_per_second")
+                ]
+            )
+        ]
+
+
+def read_arm(name: str, runs: list[Run]) -> Arm:
+    """Read the results of an arm."""
+    import numpy as np
+    from backtest import divergence  # what a divergence is, is said there
+
+    arm = Arm(name, [run for run in runs if run.arm == name and run.ended()], [], {}, {}, [], True)
+    for run in arm.runs:
+        rows = rows_of(run)
+        train = [row for row in rows if row["kind"] == "train"]
+        losses = np.array([math.nan if row.get("loss") is None else row["loss"] for row in train])
+        outcome = rows[-1]
+        off = divergence(losses) if len(losses) else None
+        if off is not None or outcome["status"] == "stopped":
+            arm.diverged[run.seed] = train[off]["step"] if off is not None else outcome["step"]
+        held_out = [
+            row["loss"] for row in rows if row["kind"] == "validation" and row.get("loss") is not None
+        ]
+        arm.validated &= bool(held_out)
+        last = held_out[-1] if held_out else float(losses[-50:].mean())
+        arm.losses[run.seed] = math.inf if run.seed in arm.diverged else last
+        arm.train.append(train)
+        arm.outcomes.append(outcome)
+    return arm
+
+
+def gap(arm: Arm, baseline: Arm) -> tuple[float, float | None] | None:
+    """(mean, standard error) in % of the arm's loss over the baseline's, of the seeds that both have; None: none or inf."""
+    pairs = [(arm.losses[seed], baseline.losses[seed]) for seed in arm.losses if seed in baseline.losses]
+    gaps = [100 * (a / b - 1) for a, b in pairs if math.isfinite(a) and math.isfinite(b)]
+    if not gaps or len(gaps) < len(pairs):
+        return None
+    error = statistics.stdev(gaps) / math.sqrt(len(gaps)) if len(gaps) > 1 else None
+    return statistics.mean(gaps), error
+
+
+def table(arms: list[Arm], baseline: Arm) -> Iterator[str]:
+    """Lines of Markdown."""
+    yield "| arm | runs | tokens | loss | over the baseline | diverged | tokens/s | GPU hours |"
+    yield "| --- | ---: | ---: | ---: | ---: | --- | ---: | ---: |"
+    for arm in arms:
+        finite = [loss for loss in arm.losses.values() if math.isfinite(loss)]
+        loss = f"{statistics.mean(finite):.4f}" if finite else "-"
+        if len(finite) > 1:
+            loss += f" ± {statistics.stdev(finite):.4f}"
+        found = gap(arm, baseline)
+        over = "-" if found is None or arm is baseline else f"{found[0]:+.2f} %"
+        if found and found[1] is not None and arm is not baseline:
+            over += f" ± {found[1]:.2f}"
+        diverged = ", ".join(f"seed {seed} at {step}" for seed, step in arm.diverged.items()) or "-"
+        speed = f"{statistics.median(arm.speeds):,.0f}" if arm.speeds else "-"
+        hours = sum(outcome["seconds"] / outcome["jobs"] for outcome in arm.outcomes) / 3600
+        cells = (
+            arm.name,
+            len(arm.runs),
+            f"{arm.tokens / 1e6:.1f} M",
+            loss,
+            over,
+            diverged,
+            speed,
+            f"{hours:.2f}",
+        )
+        yield "| " + " | ".join(map(str, cells)) + " |"
+
+
+def smooth(values: list[float], width: int) -> list[float]:
+    """Running mean over the last `width` values; what is not finite counts as missing."""
+    found = []
+    for i in range(len(values)):
+        window = [v for v in values[max(0, i - width + 1) : i + 1] if math.isfinite(v)]
+        found.append(statistics.fmean(window) if window else math.nan)
+    return found
+
+
+def draw(study: Study, arms: list[Arm], baseline: Arm, out: Path) -> None:
+    """Loss over tokens; the difference to the baseline; kurtosis over tokens by site, the largest of all layers."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    from plot_parts import STYLE, save
+
+    def curve(rows: list[dict[str, Any]], key: str = "loss") -> tuple[list[float], list[float]]:
+        values = [math.nan if row.get(key) is None else row[key] for row in rows]
+        return [row["tokens"] / 1e6 for row in rows], smooth(values, max(1, len(rows) // 50))
+
+    sites = ("residual", "qkv_in", "q", "k", "v", "attention_out", "ffn_up", "ffn_act", "ffn_out")
+    with_sites = [
+        arm for arm in arms if any(row.get("statistics") for rows in arm.train for row in rows[-1:])
+    ]
+    colors = plt.get_cmap("tab20").colors  # type: ignore
+    with plt.rc_context(STYLE):
+        rows_of_panels = 1 + (math.ceil(len(sites) / 3) if with_sites else 0)
+        figure = plt.figure(figsize=(11, 4.2 + 2.1 * (rows_of_panels - 1)), layout="constrained")
+        grid = figure.add_gridspec(rows_of_panels, 6, height_ratios=[2.0, *[1.0] * (rows_of_panels - 1)])
+        left, right = figure.add_subplot(grid[0, :3]), figure.add_subplot(grid[0, 3:])
+        for i, arm in enumerate(arms):
+            for j, rows in enumerate(arm.train):
+                left.plot(
+                    *curve(rows), color=colors[i % 20], linewidth=0.9, label=arm.name if j == 0 else None
+                )
+            by_seed = dict(zip([run.seed for run in arm.runs], arm.train, strict=True))
+            base = dict(zip([run.seed for run in baseline.runs], baseline.train, strict=True))
+            for j, seed in enumerate(seed for seed in by_seed if seed in base and arm is not baseline):
+                (x, a), (_, b) = curve(by_seed[seed]), curve(base[seed])
+                label = arm.name if j == 0 else None
+                gaps = [100 * (u / v - 1) for u, v in zip(a, b, strict=False)]
+                right.plot(x[: len(gaps)], gaps, color=colors[i % 20], linewidth=0.9, label=label)
+        last = [loss for arm in arms for loss in arm.losses.values() if math.isfinite(loss)]
+        if last:
+            left.set_ylim(min(last) * 0.97, max(last) * 1.35)
+        left.set(title="Training loss, smoothed", xlabel="Tokens (millions)")
+        right.set(title=f"Loss over {baseline.name} (%)", xlabel="Tokens (millions)", ylim=(-6, 6))
+        right.axhline(0.0, color="#333333", linewidth=0.8)
+        left.legend(fontsize=7, ncols=2)
+        for k, site in enumerate(sites if with_sites else ()):
+            axis = figure.add_subplot(grid[1 + k // 3, 2 * (k % 3) : 2 * (k % 3) + 2])
+            for i, arm in enumerate(arms):
+                for rows in arm.train[:1]:
+                    points = [
+                        (row["tokens"] / 1e6, max(found))
+                        for row in rows
+                        if (found := [
+                            values["kurtosis"] for name, values in (row.get("statistics") or {}).items()
+                            if name.rpartition(".")[2] == site and "kurtosis" in values
+                        ])
+                    ]  # fmt: skip
+                    if points:
+                        axis.plot(*zip(*points, strict=True), color=colors[i % 20], linewidth=0.9)
+            axis.set(yscale="log", title=f"Kurtosis, {site}: largest layer")
+        save(figure, out)
+        plt.close(figure)
+
+
+def report(studies: list[Study], out: Path) -> str:
+    """The Markdown of STUDY.md; pictures are written beside the studies. Raises UserError where no run has ended."""
+    lines = [
+        "# Studies",
+        "",
+        f"Written by `python tools/study.py report {' '.join(os.path.relpath(s.path, ROOT) for s in studies)}`; "
+        "the rows behind it are in each study's folder `results/`.",
+        "",
+        "Loss: the last on held-out text, mean ± standard deviation over seeds (or, where a study has no validation, of the "
+        "last 50 logged steps). Over the baseline: mean ± standard error of the same seeds' differences. Diverged: as "
+        "tools/backtest.py defines it. Tokens/s only of runs that had a GPU alone.",
+    ]
+    for study in studies:
+        if not any(run.ended() for run in study.runs):
+            raise UserError(
+                f"{study.path} must have an ended run, got none: python tools/study.py run {study.path}"
+            )
+        arms = [arm for name in study.arms if (arm := read_arm(name, study.runs)).runs]
+        baseline = next((arm for arm in arms if arm.name == study.baseline), arms[0])
+        picture = study.folder / "curves.png"
+        draw(study, arms, baseline, picture)
+        outcomes = [outcome for arm in arms for outcome in arm.outcomes]
+        told = {
+            key: sorted({str(outcome[key]) for outcome in outcomes})
+            for key in ("device", "torch", "titan_fp8")
+        }
+        ended = sum(run.ended() for run in study.runs)
+        lines += (
+            ["", f"## {study.title}", "", study.text.strip(), ""]
+            if study.text
+            else ["", f"## {study.title}", ""]
+        )
+        lines += [
+            *table(arms, baseline),
+            "",
+            f"Baseline: {baseline.name}. {ended} of {len(study.runs)} runs have ended.",
+        ]
+        if not all(arm.validated for arm in arms):
+            lines += ["No validation: losses are of training."]
+        lines += [
+            "", f"![curves]({os.path.relpath(picture, out.parent)})", "",
+            f"`python tools/study.py run {os.path.relpath(study.path, ROOT)}`, on {', '.join(told['device'])}, torch "
+            f"{', '.join(told['torch'])}, commits {', '.join(told['titan_fp8'])}.",
+        ]  # fmt: skip
+    return "\n".join(lines) + "\n"
+
+
+def status(study: Study) -> str:
+    """A line per run."""
+    lines = []
+    for run in study.runs:
+        rows = [row for row in rows_of(run) if row["kind"] in ("train", "outcome")]
+        state = rows[-1]["status"] if run.ended() else "under way or stopped" if rows else "-"
+        step = rows[-1]["step"] if rows else 0
+        lines.append(f"{run.name:<40} {state:<22} step {step}")
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Returns the exit status: 0; 1 if runs are missing; 2 after one line on stderr."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("command", choices=("run", "status", "report"))
+    parser.add_argument("studies", nargs="+", type=Path, metavar="STUDY.toml")
+    parser.add_argument("--jobs", type=int, default=1, help="runs that share a GPU; default 1")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="stop, and save, after so long")
+    parser.add_argument("--arms", help="names with commas; default all")
+    parser.add_argument("--seeds", help="numbers with commas; default all")
+    parser.add_argument("--out", type=Path, help="for report: the Markdown file; default: on the terminal")
+    options = parser.parse_args(arguments)
+    try:
+        studies = [load(path.resolve()) for path in options.studies]
+        if options.command != "report" and len(studies) > 1:
+            raise UserError(f"{options.command} takes one study, got {len(studies)}: name one")
+        if options.jobs < 1:
+            raise UserError(f"--jobs must be at least 1, got {options.jobs}: leave it out")
+        if options.command == "status":
+            print(status(studies[0]))
+        elif options.command == "report":
+            text = report(studies, (options.out or Path("STUDY.md")).resolve())
+            if options.out:
+                _write(options.out, text.encode())
+            else:
+                print(text)
+        else:
+            runs = choose(studies[0], options.arms, options.seeds)
+            check(studies[0], runs)
+            missing = Scheduler(studies[0], options.jobs, options.seconds)(runs)
+            if missing:
+                print(f"{missing} of {len(runs)} runs have not ended: the same command goes on with them")
+            return 1 if missing else 0
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # status | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
