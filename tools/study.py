@@ -24,8 +24,8 @@ NAME/results/ARM-SEED.jsonl.gz are the rows of a run that came to its end, small
 
 A run is a process on one GPU (or on the CPU, where there is none); --jobs share one, whose times then mean little and are
 not compared. After --seconds, or on SIGINT or SIGTERM, no run is started any more and those under way save a checkpoint; the
-same command goes on from there. A run that the trainer stopped because it diverged has come to its end too. A run that cannot
-start ends the study with its error.
+same command goes on from there. A run that the trainer stopped because it diverged has come to its end too. A run that
+cannot start ends the study with its error.
 """
 
 from __future__ import annotations

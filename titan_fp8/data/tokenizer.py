@@ -28,7 +28,7 @@ from titan_fp8.config import Data
 from titan_fp8.errors import UserError
 
 # How text is cut before merging: tiktoken BPE files carry no pattern, and Llama 3's is the usual one.
-_LLAMA3_PATTERN = (
+LLAMA3_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
@@ -198,7 +198,7 @@ def _read_bpe(path: Path) -> Tokenizer:
     else:
         specials = {"<|bos|>": n, "<|eos|>": n + 1, "<|pad|>": n + 2}
         bos, eos, pad = "<|bos|>", "<|eos|>", "<|pad|>"
-    return _build(path, "tiktoken", ranks, specials, _LLAMA3_PATTERN, bos=bos, eos=eos, pad=pad)
+    return _build(path, "tiktoken", ranks, specials, LLAMA3_PATTERN, bos=bos, eos=eos, pad=pad)
 
 
 def _check_ranks(path: Path, tokens: list[bytes], ranks: list[int]) -> None:
