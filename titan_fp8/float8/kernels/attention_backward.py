@@ -162,7 +162,7 @@ def _steps(dk, dv, largest, begin, end, work, k, v, sources, rings, full, empty,
 
 
 @gluon.jit
-def _warpgroup(work, k, v, sources, rings, full, empty, ds, staging, factors, s_ds, amax_bits, dk_out, dv_out,
+def _warpgroup(work, k, v, ready, sources, rings, full, empty, ds, staging, factors, s_ds, amax_bits, dk_out, dv_out,
                seq_len, stride_s,
                C: gl.constexpr, PART: gl.constexpr, RECORD: gl.constexpr, DS_DTYPE: gl.constexpr):  # fmt: skip
     """dK and dV of the PART-th 64 of the program's 128 keys."""
@@ -175,6 +175,9 @@ def _warpgroup(work, k, v, sources, rings, full, empty, ds, staging, factors, s_
     if PART == 0:
         for step in range(0, gl.minimum(STAGES - LAG, total)):
             _load(step, work, sources, rings, full, empty, C)
+    # Here, not before the warpgroups part: Triton would take the barrier's memory for what it hands to the second one,
+    # while some warps still look at the barrier.
+    mbarrier.wait(ready, 0)
     k, v = k.slice(PART * HALF, HALF), v.slice(PART * HALF, HALF)
     dk = warpgroup_mma_init(gl.zeros([HALF, C], gl.float32, ACC_LAYOUT))
     dv = warpgroup_mma_init(gl.zeros([HALF, C], gl.float32, ACC_LAYOUT))
@@ -230,7 +233,6 @@ def kv_kernel(q8, q8_t, k8, v8, do8, do8_t, ds, shift, delta, scale_q, scale_k, 
     mbarrier.expect(ready, 2 * BLOCK_KV * C)
     load_tile(k8, [kv_head * padded_len + first, 0], ready, k)
     load_tile(v8, [kv_head * padded_len + first, 0], ready, v)
-    mbarrier.wait(ready, 0)
 
     work = (
         kv_head * group,
@@ -246,9 +248,9 @@ def kv_kernel(q8, q8_t, k8, v8, do8, do8_t, ds, shift, delta, scale_q, scale_k, 
     dv_out += where
     # All 256 registers to both warpgroups: with 248, or a third partition that only loads, products run one by one.
     gl.warp_specialize([
-        (_warpgroup, (work, k, v, sources, rings, full, empty, ds, staging.index(0), factors, s_ds, amax_bits,
+        (_warpgroup, (work, k, v, ready, sources, rings, full, empty, ds, staging.index(0), factors, s_ds, amax_bits,
                       dk_out, dv_out, seq_len, stride_s, C, 0, RECORD, DS_DTYPE)),
-        (_warpgroup, (work, k, v, sources, rings, full, empty, ds, staging.index(1), factors, s_ds, amax_bits,
+        (_warpgroup, (work, k, v, ready, sources, rings, full, empty, ds, staging.index(1), factors, s_ds, amax_bits,
                       dk_out, dv_out, seq_len, stride_s, C, 1, RECORD, DS_DTYPE)),
     ], [4], [256])  # fmt: skip
 
