@@ -200,6 +200,7 @@ class Evaluated:
             + ["x" * 64, "[1]"]
             for name in ("one", "two")
         }
+        self.texts["one"].append(WHOLE)
         documents = [(name, text) for name, texts in self.texts.items() for text in texts]
         self.tasks = folder / "tasks"
         tool.build(corpus(folder, documents), self.tasks, "held_out", 10, 1)
@@ -222,6 +223,15 @@ class Evaluated:
                 with torch.no_grad():
                     nats += self.ours.model(ids[None, begin:end], labels[None]).item()
         return nats / math.log(2) / sum(len(text.encode()) for text in self.texts[name])
+
+    def cloze_nats(self) -> float:
+        """Loss of the one passage's word, by the decoder that was trained, from as much before it as its context holds."""
+        ids = torch.tensor(self.ours.tokenizer.encode(WHOLE.removesuffix(".")))
+        length = self.ours.config.training.seq_len
+        labels = ids[-length:].clone()
+        labels[: -len(" shutter")] = -100
+        with torch.no_grad():
+            return self.ours.model(ids[None, -length - 1 : -1], labels[None]).item()
 
 
 ARCHITECTURES = {"fog": (), "llama": ("--architecture.preset=llama",)}
@@ -260,7 +270,7 @@ def test_the_exported_model_gives_training_s_bits_per_byte(tool, tmp_path, name)
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 @pytest.mark.usefixtures("remote_code_cache")
-def test_lm_eval_gives_training_s_bits_per_byte(tool, tmp_path, monkeypatch, name):
+def test_lm_eval_gives_training_s_loss(tool, tmp_path, monkeypatch, name):
     lm_eval = pytest.importorskip("lm_eval", reason=LM_EVAL)
     datasets = pytest.importorskip("datasets", reason=LM_EVAL)
     from lm_eval.tasks import TaskManager  # pyrefly: ignore
@@ -271,7 +281,7 @@ def test_lm_eval_gives_training_s_bits_per_byte(tool, tmp_path, monkeypatch, nam
     results = lm_eval.simple_evaluate(
         model="hf",
         model_args=model | {"trust_remote_code": name == "fog"},
-        tasks=["held_out_bits_per_byte"],
+        tasks=["held_out_cloze", "held_out_bits_per_byte"],
         task_manager=TaskManager(include_path=str(evaluated.tasks), include_defaults=False),
         device="cpu",
         batch_size=4,
@@ -281,6 +291,8 @@ def test_lm_eval_gives_training_s_bits_per_byte(tool, tmp_path, monkeypatch, nam
     for domain, expected in ours.items():
         got = results[f"held_out_bits_per_byte_{domain}"]["bits_per_byte,none"]
         assert got == pytest.approx(expected, rel=RELATIVE)
+    perplexity = results["held_out_cloze"]["perplexity,none"]
+    assert math.log(perplexity) == pytest.approx(evaluated.cloze_nats(), rel=RELATIVE)
     mean = results["held_out_bits_per_byte"]["bits_per_byte,none"]
     assert mean == pytest.approx(sum(ours.values()) / 2, rel=RELATIVE)
 
@@ -293,4 +305,4 @@ def test_lm_eval_knows_the_authors_tasks():
     group = yaml.safe_load((ROOT / "tools" / "downstream" / "authors.yaml").read_text())
     known = TaskManager(include_path=str(ROOT / "tools" / "downstream"))
     assert group["group"] in known.all_groups
-    assert len(set(group["task"])) == 10 and set(group["task"]) <= set(known.all_subtasks)
+    assert len(set(group["task"])) == 11 and set(group["task"]) <= set(known.all_subtasks)
