@@ -2,12 +2,13 @@
 """Write lm-eval tasks whose data is a held-out file of ours: what a model is worth, measured without the hub.
 
     python tools/downstream/build_tasks.py --path english.val.jsonl.xz --out tasks/english
-    lm_eval --model hf --model_args pretrained=exported,add_bos_token=False,trust_remote_code=True \\
+    lm_eval --model hf --model_args pretrained=exported,trust_remote_code=True,add_bos_token=False,softmax_dtype=float32 \\
         --include_path tasks --tasks english_cloze,english_bits_per_byte
 
 `--path` is a file of JSON lines (also .gz, .xz) with a `text`, and perhaps a `source`, per document. `exported` is what
 tools/export_hf.py wrote. `add_bos_token=False` matters: lm-eval puts begin of text before a document by itself, and if the
-tokeniser adds another, the model is charged for not having predicted it.
+tokeniser adds another, the model is charged for not having predicted it. Without `softmax_dtype`, the softmax of a model in
+bfloat16 is rounded to bfloat16, and bits per byte with it (by 2e-4 of their value in a debug run).
 
 <name>_cloze, in the form of LAMBADA (arXiv 1606.06031): the last word of a passage, which the passage before its last
 sentence contains. A right answer is all of the word's tokens, greedily. Passages are found by rule, not by people:
