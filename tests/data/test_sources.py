@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from titan_fp8.config import Data
-from titan_fp8.data.sources import open_source
+from titan_fp8.data.sources import open_source, read_records
 from titan_fp8.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -45,6 +45,22 @@ def test_json_lines(tmp_path, name, pack):
     path = tmp_path / name
     path.write_bytes(pack(jsonl(TEXTS) + b"\n" + jsonl(["", "last"])))
     assert texts_of(path) == [*TEXTS, "last"]
+
+
+@pytest.mark.parametrize(
+    "name, pack", [("a.jsonl", bytes), ("a.ndjson.gz", gzip.compress), ("a.json.xz", lzma.compress)]
+)
+def test_whole_records(tmp_path, name, pack):
+    path = tmp_path / name
+    path.write_bytes(pack(jsonl(TEXTS)))
+    assert list(read_records(path, "text")) == [
+        (text, {"text": text, "n": i}) for i, text in enumerate(TEXTS)
+    ]
+    path.write_bytes(pack(jsonl(TEXTS))[:-9])
+    with pytest.raises(UserError, match=name):
+        list(read_records(path, "text"))
+    with pytest.raises(UserError, match=r"\.jsonl, \.ndjson or \.json"):
+        list(read_records(tmp_path / "a.parquet", "text"))
 
 
 def test_another_text_key(tmp_path):

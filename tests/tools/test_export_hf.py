@@ -14,17 +14,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from helpers import refusal  # pyrefly: ignore
+from helpers import DEBUG, SIZES, Saved, refusal  # pyrefly: ignore
 
 from titan_fp8.config import Data, load_config
-from titan_fp8.data.sources import hash64
 from titan_fp8.data.tokenizer import build_tokenizer
 
 transformers = pytest.importorskip("transformers", reason="needs transformers: pip install -e .[dev]")
 
+pytestmark = pytest.mark.usefixtures("remote_code_cache")
+
 ROOT = Path(__file__).parents[2]
-DEBUG = ROOT / "train_configs" / "debug.toml"
-SIZES = ("--architecture.n_layers=2", "--training.seq_len=64", "--validation.enable=false")
 
 
 @pytest.fixture(scope="module")
@@ -32,42 +31,6 @@ def tool():
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(ROOT / "tools"))
         yield importlib.import_module("export_hf")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def remote_code_cache(tmp_path_factory):
-    """transformers copies remote code to a cache, which is in the home folder otherwise."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules"))
-        )
-        yield
-
-
-class Saved:
-    """A small decoder with random weights, and a checkpoint of it as the trainer writes one."""
-
-    def __init__(self, folder: Path, *flags: str):
-        from titan_fp8.model.args import FLAVORS
-        from titan_fp8.model.decoder import Decoder
-        from titan_fp8.spec import build_tokenizer
-
-        self.config = load_config(["--job.config_file", str(DEBUG), *SIZES, *flags])
-        self.tokenizer = build_tokenizer(self.config)
-        args = FLAVORS[self.config.model.flavor]
-        args.update_from_config(self.config)
-        self.model = Decoder(args).eval()
-        with torch.no_grad():
-            self.model.init_weights()
-            for parameter in self.model.parameters():  # nothing as it starts: gains, curvatures, alphas too
-                parameter.add_(torch.randn_like(parameter) * 0.1)
-        self.checkpoint = folder / "checkpoint" / "step-5"
-        state = self.model.state_dict() | {
-            "optimizer": {"state.tok_embeddings.weight.exp_avg": torch.ones(3)},
-            "dataloader": {"fingerprint": torch.tensor([1, hash64(self.tokenizer.identity) >> 1])},
-            "float8_state.scale": torch.ones(4),
-        }
-        dcp.save(state, checkpoint_id=str(self.checkpoint), no_dist=True)
 
 
 def tokens(batch: int = 2, length: int = 24) -> torch.Tensor:

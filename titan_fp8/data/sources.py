@@ -60,6 +60,8 @@ _BUILTIN_TABLES = [
     *("ctypes/wintypes.py", "curses/has_key.py", "html/entities.py", "re/_casefix.py", "re/_constants.py"),
 ]
 
+_READ_ERRORS = (OSError, EOFError, zlib.error, lzma.LZMAError)
+
 Reader = Callable[[Path, str], Iterator[bytes]]
 """(file, text_key) -> the documents of the file, utf-8."""
 
@@ -112,7 +114,7 @@ class Source:
     def _read(self, file: File) -> Iterator[bytes]:
         try:
             yield from file.reader(file.path, self._text_key)
-        except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+        except _READ_ERRORS as error:
             raise _unreadable(file.path, error) from error
 
     def split(self, split: Split) -> Iterator[bytes]:
@@ -242,13 +244,34 @@ def _matches(name: str, patterns: Iterable[str]) -> bool:
 
 def _reader(path: Path) -> Reader | None:
     """How a file of this name is read; None for names of other kinds."""
-    suffixes = "".join(path.suffixes[-2:]).lower()
-    for packing, opener in ((".gz", gzip.open), (".xz", lzma.open), ("", open)):
-        if suffixes.endswith(tuple(lines + packing for lines in (".jsonl", ".ndjson", ".json"))):
-            return partial(_read_lines, opener)
+    if opener := _lines_opener(path):
+        return partial(_read_lines, opener)
     if path.suffix.lower() == ".parquet":
         return _read_parquet
     return _read_plain if path.suffix.lower() in _PLAIN else None
+
+
+def _lines_opener(path: Path) -> Callable | None:
+    """What opens a file of this name as JSON lines; None for names of other kinds."""
+    suffixes = "".join(path.suffixes[-2:]).lower()
+    for packing, opener in ((".gz", gzip.open), (".xz", lzma.open), ("", open)):
+        if suffixes.endswith(tuple(lines + packing for lines in (".jsonl", ".ndjson", ".json"))):
+            return opener
+    return None
+
+
+def read_records(path: Path, text_key: str) -> Iterator[tuple[str, dict]]:
+    """(text, whole record) of each line of one file of JSON lines, in its order. UserError."""
+    opener = _lines_opener(path)
+    if opener is None:
+        raise UserError(
+            f"records are read from .jsonl, .ndjson or .json (also with .gz, .xz), got {path}: convert it"
+        )
+    try:
+        for text, record in _records(opener, path, text_key):
+            yield text.decode(), record
+    except _READ_ERRORS as error:
+        raise _unreadable(path, error) from error
 
 
 def _read_plain(path: Path, text_key: str) -> Iterator[bytes]:
@@ -259,7 +282,11 @@ def _read_plain(path: Path, text_key: str) -> Iterator[bytes]:
 
 
 def _read_lines(opener: Callable, path: Path, text_key: str) -> Iterator[bytes]:
-    """JSON lines; blank lines are skipped."""
+    return (text for text, _ in _records(opener, path, text_key))
+
+
+def _records(opener: Callable, path: Path, text_key: str) -> Iterator[tuple[bytes, dict]]:
+    """JSON lines as (text, record); blank lines are skipped."""
     with opener(path, "rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
@@ -274,7 +301,7 @@ def _read_lines(opener: Callable, path: Path, text_key: str) -> Iterator[bytes]:
                 raise _bad_record(place, text_key, f"a {type(record).__name__}")
             if text_key not in record:
                 raise _bad_record(place, text_key, f"the keys {', '.join(sorted(record)[:8]) or '(none)'}")
-            yield _text(record[text_key], place, text_key)
+            yield _text(record[text_key], place, text_key), record
 
 
 def _read_parquet(path: Path, text_key: str) -> Iterator[bytes]:
