@@ -16,7 +16,7 @@ kept 16-bit moments.
     ours M+V tensor                 m in M, v in V, one scale per parameter: "Scaling FP8 training to trillion-token LLMs",
                                     arXiv 2409.12517, section 5, chose e4m3+e5m2
     ours M+V                        the same with a scale for each 256 elements, the default here
-    ... bf16 weights                parameters (hence the residual stream) in bf16, rounded stochastically
+    ... bf16 weights                parameters in bf16, rounded stochastically
     ... fp16 master                 parameters in float16, and a loss scale of 4096
     plain M+V tensor                one scale per parameter without the two rules of ours (float8/kernels/adam.py) against
                                     a v that rounds to zero
@@ -73,7 +73,7 @@ class Size(Shape):
 
 
 SIZES = {
-    "tiny": Size(128, 2, 4, 384, 64, 16, 200, 3e-3, 64),
+    "tiny": Size(128, 2, 4, 384, 64, 16, 200, 1e-3, 64),
     "small": Size(512, 8, 8, 1408, 512, 32, 600, 1e-3, 64),
 }
 
