@@ -235,7 +235,8 @@ class Head:
 class _Loss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, h, w_VD, labels_N, make_head, rows: int, gradients: bool):
-        dw_dtype = w_VD.dtype if rows >= len(labels_N) else torch.float32
+        # float32 also for a weight of another 16-bit type than h: CUDA has no product that mixes the two.
+        dw_dtype = h.dtype if rows >= len(labels_N) and w_VD.dtype == h.dtype else torch.float32
         with torch.autocast(h.device.type, enabled=False):
             head = make_head(h, w_VD, gradients, dw_dtype)
             loss = torch.zeros((), dtype=torch.float32, device=h.device)

@@ -29,49 +29,31 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import logging
 import math
-import os
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a checkout, installed or not
-for noisy in ("torchao", "torch.utils._pytree"):
-    logging.getLogger(noisy).setLevel(logging.ERROR)
+import torch
+import train_parts  # pyrefly: ignore
+from torch import Tensor, nn
+from train_parts import IGNORE_INDEX, Shape, Trained, device_name, save  # pyrefly: ignore
 
-from titan_fp8 import device as platform  # noqa: E402
-
-platform.install()  # before anything of torchtitan is imported
-
-import torch  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
-
-from titan_fp8.config import Architecture, Data, Fp8  # noqa: E402
-from titan_fp8.data.sources import open_source  # noqa: E402
-from titan_fp8.errors import UserError  # noqa: E402
-from titan_fp8.float8.convert import convert, scaling_state  # noqa: E402
-from titan_fp8.loss import IGNORE_INDEX  # noqa: E402
-from titan_fp8.model.args import DecoderArgs  # noqa: E402
-from titan_fp8.model.decoder import Decoder  # noqa: E402
+from titan_fp8.config import Data, Fp8
+from titan_fp8.data.sources import open_source
+from titan_fp8.errors import UserError
+from titan_fp8.float8.convert import convert, scaling_state
+from titan_fp8.model.decoder import Decoder
 
 RARE = 256  # the token; text is bytes
-VOCABULARY = 272
 SEED = 0
 COLORS = {"bf16": "#666666", "fp8": "#D55E00", "fp8 smooth": "#0072B2"}
 
 
 @dataclass(frozen=True)
-class Size:
-    dim: int
-    layers: int
-    heads: int
-    ffn: int
-    seq_len: int
-    batch: int
+class Size(Shape):
     warm_up: int
     """Steps in BF16 before the arms part."""
     steps: int
@@ -94,64 +76,30 @@ ARMS: dict[str, tuple[str, Fp8]] = {
 }
 
 
-def build(size: Size, activation: str) -> Decoder:
-    args = DecoderArgs(
-        dim=size.dim, n_layers=size.layers, n_heads=size.heads, n_kv_heads=size.heads, ffn_dim=size.ffn,
-        seq_len=size.seq_len, tie_embeddings=False,
-    )  # fmt: skip
-    args.apply(Architecture(preset="llama", activation=activation, vocab_size=VOCABULARY))
-    model = Decoder(args)
-    torch.manual_seed(SEED)
-    model.init_weights()
-    return model
-
-
-class Text:
-    """Batches [B, S + 1] of bytes at places drawn from the step's number; the same in all arms."""
+class Text(train_parts.Text):
+    """Python's library; the same batches in all arms."""
 
     def __init__(self, size: Size, device: torch.device):
-        documents = open_source(Data(source="builtin")).split("train")
-        text = b"\n".join(documents)
-        self.bytes = torch.frombuffer(bytearray(text), dtype=torch.uint8)
-        self.size, self.device = size, device
+        text = b"\n".join(open_source(Data(source="builtin")).split("train"))
+        super().__init__(text, size, device, SEED)
 
     def batch(self, step: int, event: bool = False) -> tuple[Tensor, Tensor]:
         """(tokens, labels) [B, S]; with `event` one token of each sequence is the rare one."""
-        size, generator = self.size, torch.Generator().manual_seed(SEED + step)
-        starts = torch.randint(0, len(self.bytes) - size.seq_len - 1, (size.batch, 1), generator=generator)
-        tokens = self.bytes[starts + torch.arange(size.seq_len + 1)].long()
+        generator = self.generator(step)
+        tokens = self.windows(generator)
         labels = tokens[:, 1:].clone()
         if event:
-            rows = torch.arange(size.batch)
-            places = torch.randint(1, size.seq_len, (size.batch,), generator=generator)
+            rows = torch.arange(self.shape.batch)
+            places = torch.randint(1, self.shape.seq_len, (self.shape.batch,), generator=generator)
             tokens[rows, places] = RARE
             labels[rows, places - 1] = IGNORE_INDEX
         return tokens[:, :-1].to(self.device), labels.to(self.device)
 
 
-class Trained:
-    """A model, its optimizer, and the steps of training."""
-
-    def __init__(self, model: Decoder, size: Size, device: torch.device):
-        self.model, self.device = model.to(device).train(), device
-        self.optimizer = torch.optim.AdamW(
-            model.parameters(), lr=size.lr, betas=(0.9, 0.95), weight_decay=0.1
-        )
-        self.scaling = scaling_state(model)
-
-    def step(self, tokens: Tensor, labels: Tensor, lr: float) -> tuple[Tensor, Tensor]:
-        """(mean loss, gradient norm), on the device. As titan_fp8/train.py does it, on one device."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        with torch.autocast(self.device.type, torch.bfloat16):
-            loss = self.model(tokens, labels) / (labels != IGNORE_INDEX).sum()
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
-        if self.scaling is not None:
-            self.scaling.update()
-        self.optimizer.zero_grad()
-        return loss.detach(), norm
+def start(model: Decoder, size: Size, device: torch.device) -> Trained:
+    model = model.to(device).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=size.lr, **train_parts.ADAMW)
+    return Trained(model, optimizer, device)
 
 
 def feed_forward_inputs(model: Decoder, tokens: Tensor) -> list[tuple[Tensor, Tensor]]:
@@ -234,7 +182,7 @@ def probe(model: Decoder, tokens: Tensor) -> dict[str, float]:
 def run(size: Size, outlier: float, device: torch.device) -> dict[str, Any]:
     """The result, JSON-ready: the arms' losses and what was seen of z."""
     text = Text(size, device)
-    base = Trained(build(size, "swiglu"), size, device)
+    base = start(train_parts.build(size, SEED), size, device)
     warm = []
     for step in range(size.warm_up):
         lr = size.lr * min(1.0, (step + 1) / 50)
@@ -245,13 +193,13 @@ def run(size: Size, outlier: float, device: torch.device) -> dict[str, Any]:
         print(", ".join(f"{name}: {value:.4g}" for name, value in row.items()), flush=True)
     arms = {}
     for name, (activation, fp8) in ARMS.items():
-        start = time.perf_counter()
-        model = build(size, activation)
+        began = time.perf_counter()
+        model = train_parts.build(size, SEED, activation=activation)
         model.load_state_dict(weights)
         convert(model.to(device), fp8)
         if (state := scaling_state(model)) is not None:
             state.init_weights()
-        arm = Trained(model, size, device)
+        arm = start(model, size, device)
         arm.optimizer.load_state_dict(copy.deepcopy(moments))
         losses, norms, probes = [], [], []
         saturation: list[float] = []
@@ -269,9 +217,9 @@ def run(size: Size, outlier: float, device: torch.device) -> dict[str, Any]:
             "saturation": saturation,
         }  # fmt: skip
         row = summary(arms[name], size.event)
-        print(f"{name:11s} {time.perf_counter() - start:6.1f} s   " + words(row), flush=True)
+        print(f"{name:11s} {time.perf_counter() - began:6.1f} s   " + words(row), flush=True)
     return {
-        "size": asdict(size), "outlier": outlier, "device": _name(device), "torch": torch.__version__,
+        "size": asdict(size), "outlier": outlier, "device": device_name(device), "torch": torch.__version__,
         "warm_up_losses": torch.stack(warm).tolist(), "aligned": reached, "arms": arms,
         "summary": {name: summary(arm, size.event) for name, arm in arms.items()},
     }  # fmt: skip
@@ -299,15 +247,6 @@ def words(row: dict[str, float]) -> str:
         text += f"; of z flushed {row['flushed_before']:.1%} before, {row['flushed_after']:.1%} after"
         text += f"; amax up to {row['saturation']:.3g} times the limit"
     return text
-
-
-def save(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write under another name, then rename."""
-    partial = path.with_name(path.name + ".partial")
-    write(partial)
-    with partial.open("rb") as file:
-        os.fsync(file.fileno())
-    partial.rename(path)
 
 
 def draw(result: dict[str, Any], out: Path) -> None:
@@ -358,10 +297,6 @@ def draw(result: dict[str, Any], out: Path) -> None:
         )  # fmt: skip
         save(out, lambda path: figure.savefig(path, dpi=150, format="png"))
         plt.close(figure)
-
-
-def _name(device: torch.device) -> str:
-    return torch.cuda.get_device_name() if device.type == "cuda" else device.type
 
 
 def main(arguments: list[str] | None = None) -> int:
