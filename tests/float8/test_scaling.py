@@ -53,6 +53,7 @@ def test_scales_follow_the_amaxes_of_earlier_steps_only():
         assert cast(state, x, largest) == 448 / known
         assert cast(state, dy, 2 * largest) == 57344 / (2 * known)
         state.update()
+        assert all(torch.equal(slot.inverse, 1 / slot.scale) for slot in (x, dy))
     # Only step 4 (8 where 2 was the largest known) lay outside its range.
     assert state.saturated_steps.tolist() == [1, 1]
     assert state.nonfinite_steps.tolist() == [0, 0]
@@ -193,8 +194,20 @@ def test_fresh_state_after_to_empty():
     for (name, fresh), known in zip(state.named_buffers(), expected.buffers(), strict=True):
         assert torch.equal(fresh, known), name
     for slot in (x, dy):
-        assert (slot.scale, slot.amax) == (1.0, 0.0)
+        assert (slot.scale, slot.inverse, slot.amax) == (1.0, 1.0, 0.0)
     assert state.recipe.calibrating
+
+
+def test_slots_that_moved_are_found():
+    """`Module.to` replaces buffers."""
+    state, x, dy = setup(history=3)
+    cast(state, x, 4.0)
+    state.update()
+    for module in (state, x, dy):
+        module.to(torch.float64).to(torch.float32)
+    cast(state, x, 8.0)
+    state.update()
+    assert (x.scale, x.inverse, x.amax) == (56.0, torch.tensor(1 / 56), 0.0)
 
 
 def sequence(it: Setup, amaxes: list[float]) -> list[float]:
@@ -237,6 +250,7 @@ def test_a_checkpoint_continues_bit_for_bit(gloo, tmp_path, save_and_load, steps
     assert new.state.recipe.calibrating == (steps == 0)
     for slot, known in ((new.x, old.x), (new.dy, old.dy)):
         assert torch.equal(slot.scale, known.scale) and slot.amax == 0
+        assert torch.equal(slot.inverse, known.inverse)
     assert sequence(new, amaxes[steps:]) == sequence(old, amaxes[steps:])
     saved, known = new.state.state_dict(), old.state.state_dict()
     assert saved.keys() == known.keys() and "fp8_max" not in saved
