@@ -40,6 +40,7 @@ from torch import Tensor, nn  # noqa: E402
 from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
 
 from titan_fp8.config import Architecture, Fp8  # noqa: E402
+from titan_fp8.device import launch_quickly  # noqa: E402
 from titan_fp8.errors import UserError  # noqa: E402
 from titan_fp8.float8.convert import convert, scaling_state  # noqa: E402
 from titan_fp8.float8.formats import BY_NAME  # noqa: E402
@@ -215,6 +216,7 @@ class Variant:
     """A model on the GPU, its optimizer, and a step on given tokens."""
 
     def __init__(self, name: str, shape: Shape, seq_len: int):
+        launch_quickly()  # the peers too
         before = torch.cuda.memory_allocated()
         self.name, self.ours = name, VARIANTS[name].preset is not None
         self.model = build(shape, seq_len, VARIANTS[name]).to_empty(device="cuda").train()

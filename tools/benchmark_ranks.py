@@ -129,6 +129,7 @@ class Run:
 
     def __init__(self, name: str, options: argparse.Namespace, dims: ParallelDims, kind: str):
         self.recipe, self.dims = VARIANTS[name], dims
+        device.launch_quickly()  # the peers too
         config = job_config(options)
         self.converter = None
         if self.recipe.preset is None:

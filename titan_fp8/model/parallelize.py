@@ -17,7 +17,7 @@ from torchtitan.distributed.activation_checkpoint import apply_ac
 from torchtitan.models.llama3.infra.parallelize import disable_fsdp_gradient_division
 from torchtitan.tools.logging import logger
 
-from titan_fp8.device import gloo_safe
+from titan_fp8.device import gloo_safe, launch_quickly
 from titan_fp8.errors import UserError
 from titan_fp8.float8.kernels import attention as _attention  # noqa: F401  (registers the operator named below)
 from titan_fp8.tensor_parallel import Ranks, local
@@ -66,6 +66,7 @@ def parallelize(model: nn.Module, parallel_dims: Any, job_config: Any) -> nn.Mod
             base_folder=job_config.job.dump_folder,
         )
     if compiled:
+        launch_quickly()
         layers = model.get_submodule("layers")
         for name, block in layers.named_children():
             graph = torch.compile(block, backend=job_config.compile.backend, fullgraph=True)
