@@ -220,7 +220,8 @@ class Variant:
         before = torch.cuda.memory_allocated()
         self.name, self.ours = name, VARIANTS[name].preset is not None
         self.model = build(shape, seq_len, VARIANTS[name]).to_empty(device="cuda").train()
-        self.parameters = sum(p.numel() for p in self.model.parameters())
+        self.weights = list(self.model.parameters())
+        self.parameters = sum(p.numel() for p in self.weights)
         self.scaling = scaling_state(self.model)
         self.statistics: Statistics | None = None
         self.reset()
@@ -256,14 +257,14 @@ class Variant:
                 if self.statistics is not None:
                     self.statistics.end()
                     self.statistics.before_update()
-                norms = torch._foreach_norm([p.grad for p in self.model.parameters()], 2, dtype=torch.float32)
+                norms = torch._foreach_norm([p.grad for p in self.weights], 2, dtype=torch.float32)
                 norm = torch.linalg.vector_norm(torch.stack(norms))
                 self.optimizer.grad_scale = ((norm + 1e-6) / MAX_NORM).clamp(min=1.0)
                 self.optimizer.found_inf = (~norm.isfinite()).float()
             else:
                 loss = self.loss(self.model(inputs), labels)
                 loss.backward()
-                nn.utils.clip_grad_norm_(self.model.parameters(), MAX_NORM, foreach=True)
+                nn.utils.clip_grad_norm_(self.weights, MAX_NORM, foreach=True)
         self.optimizer.step()
         if self.scaling is not None:
             self.scaling.update()

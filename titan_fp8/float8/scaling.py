@@ -277,7 +277,7 @@ def observe(
 
 def _no_nan(amaxes: Tensor) -> Tensor:
     """What is not finite as inf: a maximum over ranks or weights loses NaN, but not inf."""
-    return torch.where(amaxes.isfinite(), amaxes, torch.inf)
+    return amaxes.nan_to_num(nan=torch.inf, posinf=torch.inf)
 
 
 class _Buffers(NamedTuple):
@@ -504,7 +504,7 @@ class DelayedScaling(nn.Module):
         self._take_channels(now, features, columns)
         self._fold(now, columns)
         now = torch.where(self.is_weight & (now == 0), self.last_amax, now)  # not stepped: what it was
-        finite = now.isfinite()
+        finite = now < torch.inf
         self.nonfinite_steps += ~finite
         if not self.recipe.calibrating:
             exact = self.is_weight | self.is_current
