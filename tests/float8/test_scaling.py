@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from pathlib import Path
 from types import SimpleNamespace
@@ -198,13 +199,19 @@ def test_fresh_state_after_to_empty():
     assert state.recipe.calibrating
 
 
-def test_slots_that_moved_are_found():
-    """`Module.to` replaces buffers."""
-    state, x, dy = setup(history=3)
-    cast(state, x, 4.0)
-    state.update()
-    for module in (state, x, dy):
-        module.to(torch.float64).to(torch.float32)
+@pytest.mark.parametrize("how", ["replaced", "other memory", "copied"])
+def test_slots_that_moved_are_found(how):
+    """`Module.to` replaces buffers, FSDP2 gives them other memory."""
+    it = setup(history=3)
+    cast(it.state, it.x, 4.0)
+    it.state.update()
+    for module in it:
+        if how == "replaced":
+            module.to(torch.float64).to(torch.float32)
+        elif how == "other memory":
+            for buffer in module.buffers():
+                buffer.data = buffer.clone()
+    state, x, _ = copy.deepcopy(it) if how == "copied" else it
     cast(state, x, 8.0)
     state.update()
     assert (x.scale, x.inverse, x.amax) == (56.0, torch.tensor(1 / 56), 0.0)

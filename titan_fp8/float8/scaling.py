@@ -283,7 +283,7 @@ def _no_nan(amaxes: Tensor) -> Tensor:
 class _Buffers(NamedTuple):
     """What `DelayedScaling` reads and writes of its N slots. `in_use`: its own buffer's numbers, ordered as `scales`."""
 
-    anchor: tuple[Tensor, Tensor]
+    memory: list[int]
     amaxes: list[Tensor]  # N of [1]
     scales: list[Tensor]  # N scales, N inverses
     in_use: list[Tensor]
@@ -398,13 +398,12 @@ class DelayedScaling(nn.Module):
         self._write_slots()
 
     def _buffers_of_slots(self) -> _Buffers:
-        """Collected anew if the model has moved, which replaces all buffers: views of hundreds of numbers take long."""
-        anchor = self.in_use, self.slots[-1].amax
-        if self._collected is None or any(
-            kept is not now for kept, now in zip(self._collected.anchor, anchor, strict=True)
-        ):
+        """Collected anew if the model has moved: views of hundreds of numbers take long."""
+        # Not the tensors: FSDP2 gives a tensor other memory. Views keep theirs, so its name is not given again.
+        memory = [t.untyped_storage()._cdata for t in (self.in_use, self.slots[-1].amax)]
+        if self._collected is None or self._collected.memory != memory:
             self._collected = _Buffers(
-                anchor,
+                memory,
                 [slot.amax.view(1) for slot in self.slots],
                 [slot.scale for slot in self.slots] + [slot.inverse for slot in self.slots],
                 list(self.in_use.view(-1).unbind()),
