@@ -7,6 +7,8 @@ torchtitan makes. It puts torch's own functions back afterwards: torch's checkpo
 and must get the truth.
 
 With an accelerator all of this does nothing. Nothing of torchtitan may be imported before `install`.
+
+`launch_quickly` is for where there is one.
 """
 
 from __future__ import annotations
@@ -34,6 +36,18 @@ _NOISY_LOGGERS = ("torchao", "torch.utils._pytree")
 def device_kind() -> str:
     """The device type torchtitan will use: "cuda", another accelerator's name, or "cpu"."""
     return torch_utils._get_available_device_type() or "cpu"
+
+
+def launch_quickly() -> None:
+    """Settings of torch.compile for the whole process, before it compiles: less host time around each launch.
+
+    Our Triton kernels are launched as torch.compile's own are, not by Triton's launcher in Python, and what generated code
+    allocates is not checked for the sizes and alignment it was just given. Results are the same.
+    """
+    from torch._inductor import config
+
+    config.static_launch_user_defined_triton_kernels = True
+    config.size_asserts = config.alignment_asserts = False
 
 
 def install() -> bool:

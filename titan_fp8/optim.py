@@ -219,8 +219,7 @@ class Fp8AdamW(torch.optim.Optimizer):
             largest = (FP8_MAX.get(dtype, 1.0) for dtype in self.formats.values())
             new = torch.stack([scale_from_amax(*pair) for pair in zip(pairs, largest, strict=True)], 1)
             plan.scales.copy_(torch.where(acts[:, None], new, plan.scales))
-        amaxes = plan.p_amaxes.view(torch.float32).unbind()
-        triples = zip(group["params"], grads, amaxes, strict=True)
+        triples = zip(group["params"], grads, plan.p_amax_of, strict=True)
         self.amaxes.update((p, amax) for p, grad, amax in triples if grad is not None)
 
     def _plan(self, index: int, group: dict[str, Any], grads: list[Tensor | None]) -> _Plan:
@@ -284,6 +283,7 @@ class _Plan:
         self.masters = _table(states, "master_scale", device)
         self.amaxes = torch.zeros((len(params), 2), dtype=torch.int32, device=device)
         self.p_amaxes = torch.zeros(len(params), dtype=torch.int32, device=device)
+        self.p_amax_of = self.p_amaxes.view(torch.float32).unbind()
         if rule.block == 0:
             self.scales = torch.stack([_table(states, f"{name}_scale", device) for name in MOMENTS], 1)
             for row, state in zip(self.scales, states, strict=True):
@@ -344,11 +344,11 @@ def _reference_step(plan: _Plan, grads: list[Tensor | None], table: Tensor, inve
 
 def _local(tensor: Tensor) -> Tensor:
     """This rank's part, as memory: without the wrapper that a weight has while FSDP2 gathers it in FP8."""
-    local = tensor._local_tensor if isinstance(tensor, DTensor) else tensor.detach()
+    local = tensor._local_tensor if isinstance(tensor, DTensor) else tensor
     if is_traceable_wrapper_subclass(local):
         (name,), _ = local.__tensor_flatten__()
         return getattr(local, name)
-    return local
+    return local.detach() if local.requires_grad else local
 
 
 def _gradient(p: Tensor) -> Tensor | None:

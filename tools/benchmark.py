@@ -40,6 +40,7 @@ from torch import Tensor, nn  # noqa: E402
 from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
 
 from titan_fp8.config import Architecture, Fp8  # noqa: E402
+from titan_fp8.device import launch_quickly  # noqa: E402
 from titan_fp8.errors import UserError  # noqa: E402
 from titan_fp8.float8.convert import convert, scaling_state  # noqa: E402
 from titan_fp8.float8.formats import BY_NAME  # noqa: E402
@@ -215,10 +216,12 @@ class Variant:
     """A model on the GPU, its optimizer, and a step on given tokens."""
 
     def __init__(self, name: str, shape: Shape, seq_len: int):
+        launch_quickly()  # the peers too
         before = torch.cuda.memory_allocated()
         self.name, self.ours = name, VARIANTS[name].preset is not None
         self.model = build(shape, seq_len, VARIANTS[name]).to_empty(device="cuda").train()
-        self.parameters = sum(p.numel() for p in self.model.parameters())
+        self.weights = list(self.model.parameters())
+        self.parameters = sum(p.numel() for p in self.weights)
         self.scaling = scaling_state(self.model)
         self.statistics: Statistics | None = None
         self.reset()
@@ -254,14 +257,14 @@ class Variant:
                 if self.statistics is not None:
                     self.statistics.end()
                     self.statistics.before_update()
-                norms = torch._foreach_norm([p.grad for p in self.model.parameters()], 2, dtype=torch.float32)
+                norms = torch._foreach_norm([p.grad for p in self.weights], 2, dtype=torch.float32)
                 norm = torch.linalg.vector_norm(torch.stack(norms))
                 self.optimizer.grad_scale = ((norm + 1e-6) / MAX_NORM).clamp(min=1.0)
                 self.optimizer.found_inf = (~norm.isfinite()).float()
             else:
                 loss = self.loss(self.model(inputs), labels)
                 loss.backward()
-                nn.utils.clip_grad_norm_(self.model.parameters(), MAX_NORM, foreach=True)
+                nn.utils.clip_grad_norm_(self.weights, MAX_NORM, foreach=True)
         self.optimizer.step()
         if self.scaling is not None:
             self.scaling.update()

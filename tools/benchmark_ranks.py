@@ -129,6 +129,7 @@ class Run:
 
     def __init__(self, name: str, options: argparse.Namespace, dims: ParallelDims, kind: str):
         self.recipe, self.dims = VARIANTS[name], dims
+        device.launch_quickly()  # the peers too
         config = job_config(options)
         self.converter = None
         if self.recipe.preset is None:
@@ -150,12 +151,12 @@ class Run:
         loss = torch.nn.functional.cross_entropy
         self.loss = loss if options.no_compile else torch.compile(loss)
         # What a parameter's local square sum counts: once over all ranks, however many hold it.
-        self.shares = torch.tensor([1.0 / _copies(p) for p in model.parameters()], device=kind)
+        self.parameters = list(model.parameters())
+        self.shares = torch.tensor([1.0 / _copies(p) for p in self.parameters], device=kind)
 
     def step(self, tokens: Tensor, count: int) -> Tensor:
         """tokens [B, S + 1]; count: tokens of all ranks. This rank's share of the mean loss."""
         inputs, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
-        parameters = list(self.model.parameters())
         with (
             self.context(),
             sdpa_kernel(
@@ -170,9 +171,9 @@ class Run:
                 loss = self.model(inputs, labels) / count
             loss.backward()
         if self.recipe.preset is None:
-            dist_utils.clip_grad_norm_(parameters, MAX_NORM, foreach=True)
+            dist_utils.clip_grad_norm_(self.parameters, MAX_NORM, foreach=True)
         else:
-            grads = [p.grad.to_local() if isinstance(p.grad, DTensor) else p.grad for p in parameters]
+            grads = [p.grad.to_local() if isinstance(p.grad, DTensor) else p.grad for p in self.parameters]
             squares = torch.stack(torch._foreach_norm(grads, 2, dtype=torch.float32)).square()
             total = (squares * self.shares).sum()
             dist.all_reduce(total)

@@ -41,7 +41,7 @@ def test_seen_keeps_the_larger_and_nan():
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-@pytest.mark.parametrize("rows", [(48,), (16, 33, 160)])
+@pytest.mark.parametrize("rows", [(48,), (64, 33), (16, 33, 160), (16, 48, 32, 5)])
 def test_joined_matrices_are_casts_one_below_the_other(rows, device):
     matrices = [draw(m, 72, dtype=torch.bfloat16, device=device) for m in rows]
     matrices[-1][3, 5] = torch.nan

@@ -285,7 +285,8 @@ def test_current_scaling_is_the_calibrating_step_at_any_time(kind):
     x, dy = 5 * draw(3), 0.01 * draw(13)
     fresh = make(kind)[0]
     fresh.load_state_dict(ffn.state_dict())
-    fresh.slots()["up"].scale.copy_(ffn.up.scale), fresh.slots()["down"].scale.copy_(ffn.down.scale)
+    for slot, known in ((fresh.up, ffn.up), (fresh.down, ffn.down)):
+        slot.scale.copy_(known.scale), slot.inverse.copy_(known.inverse)
     expected = step(fresh, x, dy)
     state.use_current(["x", "z", "dh", "dy"])
     got = step(ffn, x, dy, run)
@@ -316,7 +317,8 @@ def test_current_scaling_on_a_gpu_is_the_calibrating_step(kind):
     graphs = backend.frame_count
     x, dy = 5 * draw(3, torch.bfloat16).cuda(), draw(13, torch.bfloat16).cuda()
     fresh.load_state_dict(ffn.state_dict())
-    fresh.slots()["up"].scale.copy_(ffn.up.scale), fresh.slots()["down"].scale.copy_(ffn.down.scale)
+    for slot, known in ((fresh.up, ffn.up), (fresh.down, ffn.down)):
+        slot.scale.copy_(known.scale), slot.inverse.copy_(known.inverse)
     expected = step(fresh, x, dy)
     for names in (["x", "z", "dh", "dy"], ["z"]):
         state.use_current(names)

@@ -15,7 +15,7 @@ from triton.backends.compiler import GPUTarget
 
 from titan_fp8 import loss
 from titan_fp8.float8.formats import E4M3, E5M2
-from titan_fp8.float8.kernels import activation, cast, softmax
+from titan_fp8.float8.kernels import activation, attention_cast, cast, softmax
 
 
 class Hopper:
@@ -44,7 +44,7 @@ def written(monkeypatch):
 
         with monkeypatch.context() as patch:
             patch.setattr(module, "wrap_triton", launcher)
-            operator._init_fn(*arguments)
+            getattr(operator, "_init_fn", operator)(*arguments)
         return seen
 
     def analyse(kernel, args, options) -> list[str]:
@@ -61,6 +61,20 @@ def written(monkeypatch):
     return written
 
 
+def test_casts_of_attention(written):
+    x, launch = half(1, 2, 130, 64), attention_cast.launch_cast
+    for plain, transposed, results in (
+        (True, True, ["x8", "x8_t"]),
+        (True, False, ["x8"]),
+        (False, True, ["x8_t"]),
+    ):
+        got = written(attention_cast, launch, x, one(), one(), E4M3, True, plain, transposed, False)
+        assert got == [["seen", *results]]
+    arguments = (x, x, one(), one(), one(), E5M2, False, 256.0)
+    got = written(attention_cast, attention_cast.launch_cast_gradient, *arguments)
+    assert got == [["x8", "x8_t", "delta"]]
+
+
 def half(*shape: int) -> Tensor:
     return torch.zeros(shape, dtype=torch.bfloat16)
 
@@ -73,10 +87,9 @@ def test_casts(written):
     for straight, transposed, results in ((True, True, ["q_ptr", "qt_ptr"]), (False, True, ["qt_ptr"])):
         got = written(cast, cast.cast_op, half(64, 96), one(), one(), E4M3, True, straight, transposed)
         assert got == [["seen_ptr", *results]]
-    assert (
-        written(cast, cast.cast_joined_op, [half(64, 96), half(32, 96)], one(), E4M3, True)
-        == [["qt_ptr"]] * 2
-    )
+    for count in (1, 2, 3, 4):  # three to a launch
+        got = written(cast, cast.cast_joined_op, [half(32, 96)] * count, one(), E4M3, True)
+        assert got == [["qt_ptr"]] * (1 + count // 4)
 
 
 @pytest.mark.parametrize("kind", activation.KINDS)

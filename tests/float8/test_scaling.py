@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from pathlib import Path
 from types import SimpleNamespace
@@ -53,6 +54,7 @@ def test_scales_follow_the_amaxes_of_earlier_steps_only():
         assert cast(state, x, largest) == 448 / known
         assert cast(state, dy, 2 * largest) == 57344 / (2 * known)
         state.update()
+        assert all(torch.equal(slot.inverse, 1 / slot.scale) for slot in (x, dy))
     # Only step 4 (8 where 2 was the largest known) lay outside its range.
     assert state.saturated_steps.tolist() == [1, 1]
     assert state.nonfinite_steps.tolist() == [0, 0]
@@ -193,8 +195,26 @@ def test_fresh_state_after_to_empty():
     for (name, fresh), known in zip(state.named_buffers(), expected.buffers(), strict=True):
         assert torch.equal(fresh, known), name
     for slot in (x, dy):
-        assert (slot.scale, slot.amax) == (1.0, 0.0)
+        assert (slot.scale, slot.inverse, slot.amax) == (1.0, 1.0, 0.0)
     assert state.recipe.calibrating
+
+
+@pytest.mark.parametrize("how", ["replaced", "other memory", "copied"])
+def test_slots_that_moved_are_found(how):
+    """`Module.to` replaces buffers, FSDP2 gives them other memory."""
+    it = setup(history=3)
+    cast(it.state, it.x, 4.0)
+    it.state.update()
+    for module in it:
+        if how == "replaced":
+            module.to(torch.float64).to(torch.float32)
+        elif how == "other memory":
+            for buffer in module.buffers():
+                buffer.data = buffer.clone()
+    state, x, _ = copy.deepcopy(it) if how == "copied" else it
+    cast(state, x, 8.0)
+    state.update()
+    assert (x.scale, x.inverse, x.amax) == (56.0, torch.tensor(1 / 56), 0.0)
 
 
 def sequence(it: Setup, amaxes: list[float]) -> list[float]:
@@ -237,6 +257,7 @@ def test_a_checkpoint_continues_bit_for_bit(gloo, tmp_path, save_and_load, steps
     assert new.state.recipe.calibrating == (steps == 0)
     for slot, known in ((new.x, old.x), (new.dy, old.dy)):
         assert torch.equal(slot.scale, known.scale) and slot.amax == 0
+        assert torch.equal(slot.inverse, known.inverse)
     assert sequence(new, amaxes[steps:]) == sequence(old, amaxes[steps:])
     saved, known = new.state.state_dict(), old.state.state_dict()
     assert saved.keys() == known.keys() and "fp8_max" not in saved

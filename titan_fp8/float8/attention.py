@@ -228,8 +228,11 @@ class Float8Attention(nn.Module):
         return forward | {"do": self.do, "ds": self.ds} if self.fp8_backward else forward
 
     def forward(self, q_BHSC: Tensor, k_BKSC: Tensor, v_BKSC: Tensor) -> Tensor:
-        state = tuple(slot.state() for slot in (self.q, self.k, self.v, self.do, self.ds))
         rule = self.recipe.rule(record=self.training)
+        state = tuple(
+            (slot.scale, slot.amax, slot.sums if rule.observe else None)
+            for slot in (self.q, self.k, self.v, self.do, self.ds)
+        )
         if self.recipe.attention_16bit:
             if rule.record:  # the scales of q, k and v stay those of now; dO and dS are not seen
                 for slot, x in ((self.q, q_BHSC), (self.k, k_BKSC), (self.v, v_BKSC)):

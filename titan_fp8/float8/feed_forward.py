@@ -51,7 +51,7 @@ from .scaling import (
     folded,
     measured_scale,
     observe,
-    scale_in_use,
+    scales_in_use,
 )
 
 SMOOTH = "smooth_swiglu"
@@ -64,16 +64,16 @@ class _Float8FeedForward(torch.autograd.Function):
         ctx, x_MK, alphas, state, channels, sites, kind: str, rule: CastRule, tp: Ranks | None, w2_KF, *ups
     ):  # fmt: skip
         # channels: None; or (s, z_i's amaxes to be, None), or (None, None, amaxes of w2's columns) if s is dynamic; all [F].
-        (s_x, a_x, o_x), (s_up, *_), (s_z, a_z, o_z), (s_w2, *_), (s_dh, a_dh, o_dh), (s_dy, a_dy, o_dy) = (
-            state
-        )
-        s_x = scale_in_use(x_MK, s_x, E4M3, rule)
+        # Of each tensor: its scale s, the inverse i, its amax to be, and sums o.
+        (s_x, i_x, a_x, o_x), (s_up, i_up, *_), (s_z, i_z, a_z, o_z), (s_w2, i_w2, *_) = state[:4]
+        (s_dh, i_dh, a_dh, o_dh), (s_dy, i_dy, a_dy, o_dy) = state[4:]
+        s_x, i_x = scales_in_use(x_MK, s_x, i_x, E4M3, rule)
         x8_MK, x8_t_KM = cast(
             x_MK, s_x, a_x, E4M3, rule.record, True, tp is None and any(ctx.needs_input_grad)
         )
         kept = x8_t_KM if tp is None else x8_MK
         x8_MK = all_gather(x8_MK, tp)
-        h_MN = scaled_mm(x8_MK, join(ups, s_up, False).t(), s_x, s_up, x_MK.dtype, fast=True)
+        h_MN = scaled_mm(x8_MK, join(ups, s_up, False).t(), i_x, i_up, x_MK.dtype, fast=True)
         s_F, a_F, columns_F = channels or (None, None, None)
         m_w2 = s_w2  # what w2 is multiplied by as it is cast
         if columns_F is not None:
@@ -82,11 +82,13 @@ class _Float8FeedForward(torch.autograd.Function):
                 torch.ones_like(s_z),
                 scale_from_amax((columns_F / s_F).amax(), FP8_MAX[E4M3], 0, rule.power_of_two),
             )
+            i_z, i_w2 = s_z, s_w2.reciprocal()
         elif rule.measuring:
             # z lives inside the kernel: a first pass for its amax, which gives the scale of the second.
             first = torch.zeros_like(s_z)
             activate(h_MN, alphas, torch.ones_like(s_z), first, kind, True, s_F)
             s_z = measured_scale(first, s_z, E4M3, rule)
+            i_z = s_z.reciprocal()
         if s_F is not None:
             m_w2 = folded(s_w2, s_F)
         z8_MF = activate(h_MN, alphas, s_z, a_z, kind, rule.record and s_F is None, s_F)
@@ -98,7 +100,9 @@ class _Float8FeedForward(torch.autograd.Function):
             observe(z_MF if s_F is None else z_MF * s_F, o_z, s_z, E4M3, tp)
             o_up.copy_(sample_sums(h_MN, len(o_up), groups))
             o_act.copy_(sample_sums(z_MF, len(o_act), groups))
-        ctx.save_for_backward(kept, h_MN, alphas, s_x, s_z, s_dh, s_dy, s_up, s_w2, m_w2, s_F, w2_KF, *ups)
+        ctx.save_for_backward(
+            kept, h_MN, alphas, i_x, s_z, i_z, s_dh, i_dh, s_dy, i_dy, s_up, i_up, i_w2, m_w2, s_F, w2_KF, *ups
+        )  # fmt: skip
         # Not saved: a backward writes them, and autograd would then refuse the next one (two forwards first).
         ctx.a_dh, ctx.a_dy, ctx.a_F, ctx.o_dh, ctx.o_dy, ctx.kind, ctx.rule, ctx.tp = (
             a_dh,
@@ -110,25 +114,44 @@ class _Float8FeedForward(torch.autograd.Function):
             rule,
             tp,
         )
-        y_MK = scaled_mm(z8_MF, join([w2_KF], m_w2, False).t(), s_z, s_w2, x_MK.dtype, fast=True)
+        y_MK = scaled_mm(z8_MF, join([w2_KF], m_w2, False).t(), i_z, i_w2, x_MK.dtype, fast=True)
         return reduce_scatter(y_MK, tp)
 
     @staticmethod
     def backward(ctx, dy_MK):
-        kept, h_MN, alphas, s_x, s_z, s_dh, s_dy, s_up, s_w2, m_w2, s_F, w2_KF, *ups = ctx.saved_tensors
+        (
+            kept,
+            h_MN,
+            alphas,
+            i_x,
+            s_z,
+            i_z,
+            s_dh,
+            i_dh,
+            s_dy,
+            i_dy,
+            s_up,
+            i_up,
+            i_w2,
+            m_w2,
+            s_F,
+            w2_KF,
+            *ups,
+        ) = ctx.saved_tensors
         rule, kind, tp = ctx.rule, ctx.kind, ctx.tp
-        s_dy = scale_in_use(dy_MK, s_dy, E5M2, rule)
+        s_dy, i_dy = scales_in_use(dy_MK, s_dy, i_dy, E5M2, rule)
         dy8_MK, dy8_t_KM = cast(dy_MK, s_dy, ctx.a_dy, E5M2, rule.record, True, tp is None)
         dy8_MK = all_gather(dy8_MK, tp)
         kept = begin_gather(kept, tp)
         if tp is not None:
             dy8_t_KM = transpose(dy8_MK)
         w2_t_FK = join([w2_KF], m_w2, True)
-        dz_MF = scaled_mm(dy8_MK, w2_t_FK.t(), s_dy, s_w2, dy_MK.dtype, fast=False)
+        dz_MF = scaled_mm(dy8_MK, w2_t_FK.t(), i_dy, i_w2, dy_MK.dtype, fast=False)
         if rule.measuring:
             first = torch.zeros_like(s_dh)
             activate_backward(dz_MF, h_MN, alphas, s_z, torch.ones_like(s_dh), first, kind, E5M2, True, s_F)
             s_dh = measured_scale(first, s_dh, E5M2, rule)
+            i_dh = s_dh.reciprocal()
         dh8_MN, dh8_t_NM, z8_t_FM, dalphas = activate_backward(
             dz_MF, h_MN, alphas, s_z, s_dh, ctx.a_dh, kind, E5M2, rule.record, s_F, ctx.a_F
         )
@@ -137,12 +160,12 @@ class _Float8FeedForward(torch.autograd.Function):
             dz_MF = dz_MF if s_F is None else dz_MF.float() * s_F
             observe(_gradient(dz_MF, h_MN, alphas, kind)[0], ctx.o_dh, s_dh, E5M2, tp)
         up_t_KN = join(ups, s_up, True)
-        dx_MK = begin_scatter(scaled_mm(dh8_MN, up_t_KN.t(), s_dh, s_up, dy_MK.dtype, fast=False), tp)
-        dw2_KF = scaled_mm(dy8_t_KM, z8_t_FM.t(), s_dy, s_z, w2_KF.dtype, fast=False)
+        dx_MK = begin_scatter(scaled_mm(dh8_MN, up_t_KN.t(), i_dh, i_up, dy_MK.dtype, fast=False), tp)
+        dw2_KF = scaled_mm(dy8_t_KM, z8_t_FM.t(), i_dy, i_z, w2_KF.dtype, fast=False)
         if s_F is not None:
             dw2_KF = dw2_KF.mul_(s_F.reciprocal())
         x8_t_KM = kept if tp is None else transpose(finish(kept, tp, E4M3))
-        dup_NK = scaled_mm(dh8_t_NM, x8_t_KM.t(), s_dh, s_x, w2_KF.dtype, fast=False)
+        dup_NK = scaled_mm(dh8_t_NM, x8_t_KM.t(), i_dh, i_x, w2_KF.dtype, fast=False)
         return (
             finish(dx_MK, tp, dy_MK.dtype),
             None if alphas is None else dalphas,
@@ -191,7 +214,8 @@ class Float8FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x_MK = matrix(x)
-        state = tuple(slot.state() for slot in self.slots().values())
+        rule = self.recipe.rule(record=self.training)
+        state = tuple(slot.state(rule) for slot in self.slots().values())
         sites = self.probes["ffn_up"].sums, self.probes["ffn_act"].sums
         alphas = None if self.act is None else self.act.alphas()
         channels, z = None, self.z
@@ -200,7 +224,7 @@ class Float8FeedForward(nn.Module):
             channels = tuple(None if t is None else z.own(t) for t in used)
         kind = "swiglu" if self.activation == SMOOTH else self.activation
         y_MK = _Float8FeedForward.apply(
-            x_MK, alphas, state, channels, sites, kind, self.recipe.rule(record=self.training), self.tp,
+            x_MK, alphas, state, channels, sites, kind, rule, self.tp,
             *(local(linear.weight).to(x_MK.dtype) for linear in (self.w2, *self.ups())),
         )  # fmt: skip
         return self.probes["ffn_out"](y_MK.view(*x.shape[:-1], -1))

@@ -22,7 +22,7 @@ from .formats import E4M3, E5M2, FP8_MAX, scale_from_amax
 from .kernels.cast import cast, transpose
 from .kernels.gemm import scaled_mm
 from .kernels.softmax import SCALE, softmax_gradient
-from .scaling import CastRule, Recipe, TensorScale, observe, scale_in_use
+from .scaling import CastRule, Recipe, TensorScale, observe, scales_in_use
 
 PIECE_LOGITS = 1 << 28  # 512 MiB of bfloat16, 256 MiB of E5M2
 
@@ -31,9 +31,9 @@ class Float8Head(Head):
     """titan_fp8.loss.Head with FP8 operands. scale, seen and sums are h's; suffix _t: stored transposed."""
 
     def __init__(
-        self, h, w_VD, gradients, dw_dtype, tp: Ranks | None, state: tuple[Tensor, Tensor, Tensor], rule: CastRule
+        self, h, w_VD, gradients, dw_dtype, tp: Ranks | None, state: tuple, rule: CastRule
     ):  # fmt: skip
-        (self.scale, self.seen, self.sums), self.rule = state, rule
+        (self.scale, self.inverse, self.seen, self.sums), self.rule = state, rule
         super().__init__(h, w_VD, gradients, dw_dtype, tp)
         # The amax in one pass: abs().amax() would hold a copy of w outside of torch.compile.
         w_amax = torch.linalg.vector_norm(self.w_VD, torch.inf, dtype=torch.float32)
@@ -43,10 +43,11 @@ class Float8Head(Head):
             self.w_VD, self.w_scale, torch.zeros_like(w_amax), E4M3, False, True, gradients
         )
         del self.w_VD  # under autocast a copy
-        self.dl_scale = torch.full_like(self.h_scale, SCALE)
+        self.w_inverse = self.w_scale.reciprocal()
+        self.dl_inverse = torch.full_like(self.h_scale, 1 / SCALE)
 
     def gather_h(self, h: Tensor) -> None:
-        self.h_scale = scale_in_use(h, self.scale, E4M3, self.rule)
+        self.h_scale, self.h_inverse = scales_in_use(h, self.scale, self.inverse, E4M3, self.rule)
         if self.rule.observe:
             observe(h, self.sums, self.h_scale, E4M3)
         whole = self.tp is None
@@ -69,7 +70,7 @@ class Float8Head(Head):
         if self.gradients:
             first = self.dw_VD is None
             dw_VD = scaled_mm(
-                dl_t_Vn, self.h8_t_DN[:, rows].t(), self.dl_scale, self.h_scale,
+                dl_t_Vn, self.h8_t_DN[:, rows].t(), self.dl_inverse, self.h_inverse,
                 self.dw_dtype if first else self.dtype, fast=False,
             )  # fmt: skip
             self.dw_VD = dw_VD if first else self.dw_VD.add_(dw_VD)
@@ -78,12 +79,14 @@ class Float8Head(Head):
     def _piece(self, rows: slice, labels_p: Tensor, dl_t_Vp: Tensor) -> Tensor:
         """The loss of these rows; with gradients their dh and dl_t_Vp. Its own tensors are gone when the next starts."""
         dtype = self.dtype
-        logits_pV = scaled_mm(self.h8_ND[rows], self.w8_VD.t(), self.h_scale, self.w_scale, dtype, fast=True)
+        logits_pV = scaled_mm(
+            self.h8_ND[rows], self.w8_VD.t(), self.h_inverse, self.w_inverse, dtype, fast=True
+        )
         loss, lse, columns_p = split_cross_entropy_(logits_pV, labels_p, False, self.tp)
         if self.dh_ND is not None:
             dl_pV = softmax_gradient(logits_pV, columns_p, lse, dl_t_Vp)
             self.dh_ND[rows] = scaled_mm(
-                dl_pV, self.w8_t_DV.t(), self.dl_scale, self.w_scale, dtype, fast=False
+                dl_pV, self.w8_t_DV.t(), self.dl_inverse, self.w_inverse, dtype, fast=False
             )
         return loss.sum()
 
@@ -110,7 +113,7 @@ class Float8ChunkedLoss(ChunkedLoss):
                 f"FP8 GEMMs need batch * sequence to be a multiple of 16, got {len(h)}: change seq_len"
             )
         rule = self.recipe.rule(record=self.training)
-        return Float8Head(h, w_VD, gradients, dw_dtype, self.tp, self.h.state(), rule)
+        return Float8Head(h, w_VD, gradients, dw_dtype, self.tp, self.h.state(rule), rule)
 
     def extra_repr(self) -> str:
         return "h:delayed_e4m3 w:tensorwise_e4m3 dl:fixed_e5m2"

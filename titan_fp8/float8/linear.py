@@ -42,7 +42,7 @@ from titan_fp8.tensor_parallel import (
 from .formats import E4M3, E5M2
 from .kernels.cast import cast, cast_joined, transpose
 from .kernels.gemm import scaled_mm
-from .scaling import CastRule, Recipe, TensorScale, WeightScale, observe, scale_in_use
+from .scaling import CastRule, Recipe, TensorScale, WeightScale, observe, scales_in_use
 from .weights import GatheredWeight
 
 
@@ -73,28 +73,29 @@ class _Float8Matmul(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, x_MK, x, w_scale, dy, rule: CastRule, columns: Ranks | None, rows: Ranks | None, *weights
+        ctx, x_MK, x, w, dy, rule: CastRule, columns: Ranks | None, rows: Ranks | None, *weights
     ):  # fmt: skip
-        (x_scale, x_amax, x_sums), (dy_scale, dy_amax, dy_sums) = x, dy
+        (x_scale, x_inverse, x_amax, x_sums), (w_scale, w_inverse) = x, w
+        dy_scale, dy_inverse, dy_amax, dy_sums = dy
         needs_dw = any(ctx.needs_input_grad[7:])
-        x_scale = scale_in_use(x_MK, x_scale, E4M3, rule)
+        x_scale, x_inverse = scales_in_use(x_MK, x_scale, x_inverse, E4M3, rule)
         x8_MK, x8_t_KM = cast(x_MK, x_scale, x_amax, E4M3, rule.record, True, needs_dw and columns is None)
         if rule.observe:
             observe(x_MK, x_sums, x_scale, E4M3, rows)
         w8_NK = join(weights, w_scale, False)
         kept = x8_t_KM if columns is None else x8_MK
-        ctx.save_for_backward(kept, x_scale, w_scale, dy_scale, *weights)
+        ctx.save_for_backward(kept, x_inverse, w_scale, w_inverse, dy_scale, dy_inverse, *weights)
         # Not saved: a backward writes them, and autograd would then refuse the next one (two forwards first).
         ctx.dy_amax, ctx.dy_sums = dy_amax, dy_sums
         ctx.rule, ctx.needs_dw, ctx.columns, ctx.rows = rule, needs_dw, columns, rows
-        y_MN = scaled_mm(all_gather(x8_MK, columns), w8_NK.t(), x_scale, w_scale, x_MK.dtype, fast=True)
+        y_MN = scaled_mm(all_gather(x8_MK, columns), w8_NK.t(), x_inverse, w_inverse, x_MK.dtype, fast=True)
         return reduce_scatter(y_MN, rows)
 
     @staticmethod
     def backward(ctx, dy_MN):
-        kept, x_scale, w_scale, dy_scale, *weights = ctx.saved_tensors
+        kept, x_inverse, w_scale, w_inverse, dy_scale, dy_inverse, *weights = ctx.saved_tensors
         needs_dx, needs_dw, columns, rows = ctx.needs_input_grad[0], ctx.needs_dw, ctx.columns, ctx.rows
-        dy_scale = scale_in_use(dy_MN, dy_scale, E5M2, ctx.rule)
+        dy_scale, dy_inverse = scales_in_use(dy_MN, dy_scale, dy_inverse, E5M2, ctx.rule)
         dy8_MN, dy8_t_NM = cast(
             dy_MN, dy_scale, ctx.dy_amax, E5M2, ctx.rule.record, needs_dx or rows is not None, needs_dw and rows is None
         )  # fmt: skip
@@ -106,12 +107,12 @@ class _Float8Matmul(torch.autograd.Function):
         dx_MK, dws = None, (None,) * len(weights)
         if needs_dx:
             w8_t_KN = join(weights, w_scale, True)
-            dx_MK = scaled_mm(dy8_MN, w8_t_KN.t(), dy_scale, w_scale, dy_MN.dtype, fast=False)
+            dx_MK = scaled_mm(dy8_MN, w8_t_KN.t(), dy_inverse, w_inverse, dy_MN.dtype, fast=False)
             dx_MK = begin_scatter(dx_MK, columns)
         if needs_dw:
             x8_t_KM = kept if columns is None else transpose(finish(kept, columns, E4M3))
             dy8_t_NM = dy8_t_NM if rows is None else transpose(dy8_MN)
-            dw_NK = scaled_mm(dy8_t_NM, x8_t_KM.t(), dy_scale, x_scale, weights[0].dtype, fast=False)
+            dw_NK = scaled_mm(dy8_t_NM, x8_t_KM.t(), dy_inverse, x_inverse, weights[0].dtype, fast=False)
             dws = dw_NK.split([w_NK.shape[0] for w_NK in weights])
         if needs_dx:
             dx_MK = finish(dx_MK, columns, dy_MN.dtype)
@@ -147,9 +148,10 @@ class Float8Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         x_MK = matrix(x if self.tp is None else by_rank(x, self.tp))
+        rule = self.recipe.rule(record=self.training)
         y_MN = _Float8Matmul.apply(
-            x_MK, self.x.state(), self.w.scale, self.dy.state(),
-            self.recipe.rule(record=self.training), None, self.tp, local(self.weight).to(x_MK.dtype),
+            x_MK, self.x.state(rule), (self.w.scale, self.w.inverse), self.dy.state(rule), rule, None,
+            self.tp, local(self.weight).to(x_MK.dtype),
         )  # fmt: skip
         return y_MN.view(*x.shape[:-1], -1) if self.tp is None else y_MN.unflatten(0, (len(x), -1))
 
@@ -180,9 +182,10 @@ class Float8FanOut(nn.Module):
     def forward(self, x: Tensor, *linears: nn.Linear) -> tuple[Tensor, ...]:
         x_MK = matrix(x)
         weights = [local(linear.weight) for linear in linears]
+        rule = self.recipe.rule(record=self.training)
         y_MN = _Float8Matmul.apply(
-            x_MK, self.x.state(), self.w.scale, self.dy.state(),
-            self.recipe.rule(record=self.training), self.tp, None, *(w.to(x_MK.dtype) for w in weights),
+            x_MK, self.x.state(rule), (self.w.scale, self.w.inverse), self.dy.state(rule), rule, self.tp,
+            None, *(w.to(x_MK.dtype) for w in weights),
         )  # fmt: skip
         y = y_MN.view(*x.shape[:-1], -1) if self.tp is None else by_sequence(y_MN, len(x), self.tp)
         return y.split([len(w) for w in weights], -1)

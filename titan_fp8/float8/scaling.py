@@ -13,8 +13,8 @@ the very first step there is no history, and each other tensor is scaled by its 
 So are, at any time, the tensors that `use_current` names: slower, but nothing in them can be clamped.
 
     layers write   slot.amax    (max over micro-batches; recomputation under activation checkpointing changes nothing)
-    layers read    slot.scale
-    update()       stack amaxes, take the weights' -> all-reduce -> history -> scales -> slots
+    layers read    slot.scale, and for GEMMs slot.inverse = 1 / scale
+    update()       join amaxes, take the weights' -> all-reduce -> history -> scales -> slots
 
 Channel scales, for z [M, F] that a weight w [N, F] multiplies: s_i z_i is cast, and w_i / s_i.
 
@@ -108,13 +108,14 @@ class Recipe:
 
 
 class TensorScale(Probe):
-    """One FP8 tensor's scale in use and the amax seen since the last update (0-dim float32 buffers), and its probe.
+    """One FP8 tensor's scale in use, 1 / scale, and the amax seen since the last update (0-dim float32 buffers); its probe.
 
     A scale of 0 stands for the one from the tensor's own amax (`scale_in_use`). The buffers are not saved:
     `DelayedScaling` keeps the truth and writes them.
     """
 
     scale: Tensor
+    inverse: Tensor
     amax: Tensor
 
     def __init__(self, dtype: torch.dtype, gradient: bool = False):
@@ -122,10 +123,12 @@ class TensorScale(Probe):
         self.dtype = dtype
         self.gradient = gradient  # its size goes with the loss scale
         self.register_buffer("scale", torch.ones((), dtype=torch.float32), persistent=False)
+        self.register_buffer("inverse", torch.ones((), dtype=torch.float32), persistent=False)
         self.register_buffer("amax", torch.zeros((), dtype=torch.float32), persistent=False)
 
-    def state(self) -> tuple[Tensor, Tensor, Tensor]:
-        return self.scale, self.amax, self.sums
+    def state(self, rule: CastRule) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """For layers of GEMMs; sums only if they are looked at: a compiled graph pays for every tensor it is handed."""
+        return self.scale, self.inverse, self.amax, self.sums if rule.observe else None
 
     def extra_repr(self) -> str:
         return f"delayed_{short_name(self.dtype)}"
@@ -225,6 +228,16 @@ def scale_in_use(x: Tensor, scale: Tensor, dtype: torch.dtype, rule: CastRule) -
     return measured_scale(amax(x), scale, dtype, rule) if rule.measuring else scale
 
 
+def scales_in_use(
+    x: Tensor, scale: Tensor, inverse: Tensor, dtype: torch.dtype, rule: CastRule
+) -> tuple[Tensor, Tensor]:
+    """(`scale_in_use`, its inverse)."""
+    if not rule.measuring:
+        return scale, inverse
+    scale = scale_in_use(x, scale, dtype, rule)
+    return scale, scale.reciprocal()
+
+
 def measured_scale(amax: Tensor, scale: Tensor, dtype: torch.dtype, rule: CastRule) -> Tensor:
     """`scale_in_use` of a tensor whose amax on this rank is known, with `rule.measuring` (0-dim float32)."""
     own = first_scale(amax, dtype, rule)
@@ -264,7 +277,16 @@ def observe(
 
 def _no_nan(amaxes: Tensor) -> Tensor:
     """What is not finite as inf: a maximum over ranks or weights loses NaN, but not inf."""
-    return torch.where(amaxes.isfinite(), amaxes, torch.inf)
+    return amaxes.nan_to_num(nan=torch.inf, posinf=torch.inf)
+
+
+class _Buffers(NamedTuple):
+    """What `DelayedScaling` reads and writes of its N slots. `in_use`: its own buffer's numbers, ordered as `scales`."""
+
+    memory: list[int]
+    amaxes: list[Tensor]  # N of [1]
+    scales: list[Tensor]  # N scales, N inverses
+    in_use: list[Tensor]
 
 
 class DelayedScaling(nn.Module):
@@ -273,7 +295,8 @@ class DelayedScaling(nn.Module):
     Buffers (saved): history [H, N] and scale, last_amax, saturation [N] float32; saturated_steps, nonfinite_steps [N] and
     steps [] int64; channel_amax and channel_scale [L, F] float32, if L activations have channel scales. `saturation` is
     the last step's amax over the largest magnitude its scale could hold: above 1 it clamped.
-    Not saved: largest [N], the history's maximum; jump [N], the last step's amax over the one before (0: unknown).
+    Not saved: largest [N], the history's maximum; jump [N], the last step's amax over the one before (0: unknown);
+    in_use [2, N], what the slots hold: scales, and their inverses.
     """
 
     history: Tensor
@@ -285,6 +308,7 @@ class DelayedScaling(nn.Module):
     steps: Tensor
     largest: Tensor
     jump: Tensor
+    in_use: Tensor
     fp8_max: Tensor
     is_gradient: Tensor
     is_weight: Tensor
@@ -310,6 +334,8 @@ class DelayedScaling(nn.Module):
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
         for name in ("largest", "jump"):
             self.register_buffer(name, torch.zeros(n, dtype=torch.float32), persistent=False)
+        self.register_buffer("in_use", torch.ones(2, n, dtype=torch.float32), persistent=False)
+        self._collected: _Buffers | None = None
         self.register_buffer("fp8_max", torch.zeros(n, dtype=torch.float32), persistent=False)
         self.register_buffer("is_gradient", torch.zeros(n, dtype=torch.bool), persistent=False)
         self.register_buffer("is_weight", torch.zeros(n, dtype=torch.bool), persistent=False)
@@ -371,13 +397,26 @@ class DelayedScaling(nn.Module):
         self.last_amax.copy_(torch.where(self.is_weight, now, self.last_amax))
         self._write_slots()
 
+    def _buffers_of_slots(self) -> _Buffers:
+        """Collected anew if the model has moved: views of hundreds of numbers take long."""
+        # Not the tensors: FSDP2 gives a tensor other memory. Views keep theirs, so its name is not given again.
+        memory = [t.untyped_storage()._cdata for t in (self.in_use, self.slots[-1].amax)]
+        if self._collected is None or self._collected.memory != memory:
+            self._collected = _Buffers(
+                memory,
+                [slot.amax.view(1) for slot in self.slots],
+                [slot.scale for slot in self.slots] + [slot.inverse for slot in self.slots],
+                list(self.in_use.view(-1).unbind()),
+            )
+        return self._collected
+
     def _amaxes(self, known: Mapping[Tensor, Tensor]) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Over all ranks, inf where not finite: [N] the amax of every slot and every weight, but those that are folded;
         [L, F] of activations' features, and [L, F] of folded weights' columns, which are not divided by anything yet.
 
         known: weights' amaxes, used if it has all of them; folded weights are always read.
         """
-        now = torch.stack([slot.amax for slot in self.slots])
+        now = torch.cat(self._buffers_of_slots().amaxes)
         if self.weight_slots:
             weights = [linear.weight for slot in self.weight_slots for linear in slot.linears]
             if all(weight in known for weight in weights):
@@ -442,9 +481,11 @@ class DelayedScaling(nn.Module):
         self._write_slots()
 
     def _write_slots(self) -> None:
+        buffers = self._buffers_of_slots()
         scales = torch.where(self.is_current, 0.0, self.scale)
-        torch._foreach_copy_([slot.scale for slot in self.slots], list(scales.unbind()))
-        torch._foreach_zero_([slot.amax for slot in self.slots])
+        torch.stack((scales, scales.reciprocal()), out=self.in_use)
+        torch._foreach_copy_(buffers.scales, buffers.in_use)
+        torch._foreach_zero_(buffers.amaxes)
         if self.channel_slots:
             slots = [slot.channel_scale for slot in self.channel_slots]
             torch._foreach_copy_(slots, list(self.channel_scale.unbind()))
@@ -462,7 +503,7 @@ class DelayedScaling(nn.Module):
         self._take_channels(now, features, columns)
         self._fold(now, columns)
         now = torch.where(self.is_weight & (now == 0), self.last_amax, now)  # not stepped: what it was
-        finite = now.isfinite()
+        finite = now < torch.inf
         self.nonfinite_steps += ~finite
         if not self.recipe.calibrating:
             exact = self.is_weight | self.is_current

@@ -11,13 +11,12 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
-from torch.nn.utils.stateless import _reparametrize_module
 from torchtitan.config import TORCH_DTYPE_MAP
 from torchtitan.distributed.activation_checkpoint import apply_ac
 from torchtitan.models.llama3.infra.parallelize import disable_fsdp_gradient_division
 from torchtitan.tools.logging import logger
 
-from titan_fp8.device import gloo_safe
+from titan_fp8.device import gloo_safe, launch_quickly
 from titan_fp8.errors import UserError
 from titan_fp8.float8.kernels import attention as _attention  # noqa: F401  (registers the operator named below)
 from titan_fp8.tensor_parallel import Ranks, local
@@ -66,6 +65,7 @@ def parallelize(model: nn.Module, parallel_dims: Any, job_config: Any) -> nn.Mod
             base_folder=job_config.job.dump_folder,
         )
     if compiled:
+        launch_quickly()
         layers = model.get_submodule("layers")
         for name, block in layers.named_children():
             graph = torch.compile(block, backend=job_config.compile.backend, fullgraph=True)
@@ -102,11 +102,18 @@ def _keep_dtensors_out(graph: Any, block: nn.Module) -> None:
     """Let the compiled block see the rank's parts of the parameters. A DTensor brings its device mesh into the graph as an
     input, and torch 2.13 then fails where activations are recomputed."""
     run = graph.forward
+    # torch.nn.utils.stateless does the same, and looks at all modules each time: as long as four launches.
+    places = [(module._parameters, name) for module in block.modules() for name in module._parameters]
 
     def forward(*args: Any) -> Any:
-        parts = {name: local(parameter) for name, parameter in block.named_parameters()}
-        with _reparametrize_module(block, parts):
+        whole = [parameters[name] for parameters, name in places]
+        try:
+            for (parameters, name), parameter in zip(places, whole, strict=True):
+                parameters[name] = None if parameter is None else local(parameter)  # type: ignore
             return run(*args)
+        finally:
+            for (parameters, name), parameter in zip(places, whole, strict=True):
+                parameters[name] = parameter
 
     graph.forward = forward
 

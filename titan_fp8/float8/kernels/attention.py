@@ -1,8 +1,9 @@
 """The operators of FP8 attention: the casts (attention_cast), forward and backward.
 
-They are opaque to torch.compile. On CUDA they run the kernels of a Hopper GPU, on CPU the plain-PyTorch references beside
-them; elsewhere there is no such operator. The operands of forward and backward ARE float8 tensors, so the FLOP counter and
-`audit.GemmAudit` see their GEMMs (two and five, each of 2 * B * H * S * S * C, the masked half counted as usual) as FP8.
+On CUDA they run the kernels of a Hopper GPU, on CPU the plain-PyTorch references beside them. torch.compile launches the
+casts' kernels itself; forward and backward are opaque to it, and on other devices do not exist. Their operands ARE float8
+tensors, so the FLOP counter and `audit.GemmAudit` see their GEMMs (two and five, each of 2 * B * H * S * S * C, the masked
+half counted as usual) as FP8.
 
 Shapes: B batch, H query heads, K kv heads, S sequence, C head dim, L: S rounded up to 128. Scales and amaxes: 0-dim
 float32.
@@ -23,10 +24,14 @@ the scale that this amax gives.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.experimental import register_sharding
+from torch.library import infer_schema, triton_op
 from torch.utils.flop_counter import register_flop_formula
 
 from titan_fp8.errors import UserError
@@ -37,7 +42,6 @@ from .attention_cast import (
     cast_reference,
     launch_cast,
     launch_cast_gradient,
-    padded,
 )
 from .attention_forward import P_SCALE, bshc, forward_reference, launch_forward
 
@@ -61,7 +65,7 @@ def check_operands(q: Tensor, k: Tensor, v: Tensor) -> None:
         )
 
 
-@torch.library.custom_op("titan_fp8::attention_cast", mutates_args=("amax",), device_types="cuda")
+@triton_op("titan_fp8::attention_cast", mutates_args=("amax",))
 def attention_cast(
     x: Tensor,
     scale: Tensor,
@@ -77,23 +81,11 @@ def attention_cast(
     x8 and x8_t are made if `plain` and `transposed` say so, else empty. `pairs` (k) or not (q, v): the order of x8_t's last
     dimension. With `record` max |x| is folded into `amax`; NaN and inf stay visible there.
     """
-    return launch_cast(x, scale, amax, dtype, record, plain, transposed, pairs)
+    run = cast_reference if x.device.type == "cpu" else launch_cast
+    return run(x, scale, amax, dtype, record, plain, transposed, pairs)
 
 
-@attention_cast.register_kernel("cpu")
-def _(x, scale, amax, dtype, record, plain, transposed, pairs):
-    return cast_reference(x, scale, amax, dtype, record, plain, transposed, pairs)
-
-
-@attention_cast.register_fake
-def _(x, scale, amax, dtype, record, plain, transposed, pairs):
-    batch, heads, seq_len, dim = x.shape
-    length = padded(seq_len)
-    x8 = x.new_empty((batch, heads, length, dim) if plain else (0,) * 4, dtype=dtype)
-    return x8, x.new_empty((batch, heads, dim, length) if transposed else (0,) * 4, dtype=dtype)
-
-
-@torch.library.custom_op("titan_fp8::attention_cast_gradient", mutates_args=("amax",), device_types="cuda")
+@triton_op("titan_fp8::attention_cast_gradient", mutates_args=("amax",))
 def attention_cast_gradient(
     do: Tensor,
     o: Tensor,
@@ -107,27 +99,44 @@ def attention_cast_gradient(
 
     delta is rowsum(do * o) of the unrounded do, times scale_ds / 256. As `attention_cast` otherwise.
     """
-    return launch_cast_gradient(do, o, scale, scale_ds, amax, dtype, record, P_SCALE)
+    run = cast_gradient_reference if do.device.type == "cpu" else launch_cast_gradient
+    return run(do, o, scale, scale_ds, amax, dtype, record, P_SCALE)
 
 
-@attention_cast_gradient.register_kernel("cpu")
-def _(do, o, scale, scale_ds, amax, dtype, record):
-    return cast_gradient_reference(do, o, scale, scale_ds, amax, dtype, record, P_SCALE)
+_LIBRARY = torch.library.Library("titan_fp8", "FRAGMENT")
 
 
-@attention_cast_gradient.register_fake
-def _(do, o, scale, scale_ds, amax, dtype, record):
-    batch, heads, seq_len, dim = do.shape
-    length = padded(seq_len)
-    delta = do.new_empty((batch, heads, length), dtype=torch.float32)
-    return (
-        do.new_empty((batch, heads, length, dim), dtype=dtype),
-        do.new_empty((batch, heads, dim, length), dtype=dtype),
-        delta,
-    )
+def _operator(cpu: Callable, fake: Callable, mutates_args: Sequence[str] = ()) -> Callable[[Callable], Any]:
+    """Make an opaque operator of a function for CUDA, as torch.library.custom_op does, but without its Python around each
+    call (version counters, a search for aliases), which costs the host more than our launches. Inside of an
+    autograd.Function nobody asks for it."""
+
+    def define(cuda: Callable) -> Any:
+        name = cuda.__name__
+        schema = name + infer_schema(cuda, mutates_args=mutates_args)
+        _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+        _LIBRARY.impl(name, cuda, "CUDA")
+        _LIBRARY.impl(name, cpu, "CPU")
+        torch.library.register_fake(f"titan_fp8::{name}", fake, lib=_LIBRARY)
+        return getattr(torch.ops.titan_fp8, name).default
+
+    return define
 
 
-@torch.library.custom_op("titan_fp8::attention_forward", mutates_args=(), device_types="cuda")
+def _forward_results(q8, k8, v8_t, scale_q, scale_k, scale_v, softmax_scale, seq_len):
+    batch, heads, length, dim = q8.shape
+    o = bshc(q8, batch, heads, seq_len, dim, torch.bfloat16)
+    return o, q8.new_empty((batch, heads, length), dtype=torch.float32)
+
+
+def _backward_results(q8, k8, *rest):
+    seq_len = rest[14]
+    shapes = (q8.shape, k8.shape, k8.shape)
+    dq, dk, dv = (bshc(q8, b, n, seq_len, c, torch.bfloat16) for b, n, _, c in shapes)
+    return dq, dk, dv
+
+
+@_operator(forward_reference, _forward_results)
 def attention_forward(
     q8: Tensor,
     k8: Tensor,
@@ -142,19 +151,7 @@ def attention_forward(
     return launch_forward(q8, k8, v8_t, scale_q, scale_k, scale_v, softmax_scale, seq_len)
 
 
-@attention_forward.register_kernel("cpu")
-def _(q8, k8, v8_t, scale_q, scale_k, scale_v, softmax_scale, seq_len):
-    return forward_reference(q8, k8, v8_t, scale_q, scale_k, scale_v, softmax_scale, seq_len)
-
-
-@attention_forward.register_fake
-def _(q8, k8, v8_t, scale_q, scale_k, scale_v, softmax_scale, seq_len):
-    batch, heads, length, dim = q8.shape
-    o = bshc(q8, batch, heads, seq_len, dim, torch.bfloat16)
-    return o, q8.new_empty((batch, heads, length), dtype=torch.float32)
-
-
-@torch.library.custom_op("titan_fp8::attention_backward", mutates_args=("amax_ds",), device_types="cuda")
+@_operator(backward_reference, _backward_results, mutates_args=("amax_ds",))
 def attention_backward(
     q8: Tensor,
     k8: Tensor,
@@ -184,19 +181,6 @@ def attention_backward(
         q8, k8, q8_t, k8_t, v8, do8, do8_t, shift, delta, scale_q, scale_k, scale_v, scale_do, scale_ds, amax_ds,
         softmax_scale, seq_len, ds_dtype, record,
     )  # fmt: skip
-
-
-@attention_backward.register_kernel("cpu")
-def _(*args):
-    return backward_reference(*args)
-
-
-@attention_backward.register_fake
-def _(q8, k8, q8_t, k8_t, v8, do8, do8_t, shift, delta, scale_q, scale_k, scale_v, scale_do, scale_ds, amax_ds,
-      softmax_scale, seq_len, ds_dtype, record):  # fmt: skip
-    shapes = (q8.shape, k8.shape, k8.shape)
-    dq, dk, dv = (bshc(q8, b, n, seq_len, c, torch.bfloat16) for b, n, _, c in shapes)
-    return dq, dk, dv
 
 
 @register_flop_formula(torch.ops.titan_fp8.attention_forward)

@@ -312,22 +312,27 @@ def launch_backward(
     ds8 = q8.new_empty(
         (min(batches, batch) * some * group * tiles_per_head(length) * PAD, PAD), dtype=ds_dtype
     )
+    whole = batches >= batch and some == kv_heads
+
+    def part(x: Tensor, batches: slice, heads: slice) -> Tensor:
+        return x if whole else x[batches, heads]  # slicing takes the host as long as the launch
+
     for b in range(0, batch, batches):
         for n in range(0, kv_heads, some):
             kv = slice(b, b + batches), slice(n, n + some)
             q = slice(b, b + batches), slice(n * group, (n + some) * group)
-            here = k8[kv]
+            here = part(k8, *kv)
             kv_kernel[(here.shape[0] * here.shape[1], length // BLOCK_KV.value)](
-                tiles(q8[q], BLOCK_Q.value, dim), tiles(q8_t[q], dim, BLOCK_Q.value),
-                tiles(here, BLOCK_KV.value, dim), tiles(v8[kv], BLOCK_KV.value, dim),
-                tiles(do8[q], BLOCK_Q.value, dim), tiles(do8_t[q], dim, BLOCK_Q.value),
+                tiles(part(q8, *q), BLOCK_Q.value, dim), tiles(part(q8_t, *q), dim, BLOCK_Q.value),
+                tiles(here, BLOCK_KV.value, dim), tiles(part(v8, *kv), BLOCK_KV.value, dim),
+                tiles(part(do8, *q), BLOCK_Q.value, dim), tiles(part(do8_t, *q), dim, BLOCK_Q.value),
                 tiles(ds8.view(torch.uint16), BLOCK_Q.value, HALF.value // 2),
-                tiles(shift[q], BLOCK_Q.value), tiles(delta[q], BLOCK_Q.value),
-                scale_q, scale_k, scale_v, scale_do, scale_ds, amax_ds.view(torch.int32), dk[kv], dv[kv],
+                tiles(part(shift, *q), BLOCK_Q.value), tiles(part(delta, *q), BLOCK_Q.value),
+                scale_q, scale_k, scale_v, scale_do, scale_ds, amax_ds.view(torch.int32), part(dk, *kv), part(dv, *kv),
                 softmax_scale, seq_len, length, tiles_per_head(length), here.shape[1], group, *dk.stride()[:3],
                 C=dim, RECORD=record, P_SCALE=P_SCALE, DS_DTYPE=GL_DTYPE[ds_dtype], num_warps=4,  # type: ignore
             )  # fmt: skip
-            launch_q(ds8, k8_t[kv], scale_k, scale_ds, dq[q], softmax_scale)
+            launch_q(ds8, part(k8_t, *kv), scale_k, scale_ds, part(dq, *q), softmax_scale)
     return dq, dk, dv
 
 

@@ -23,12 +23,11 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.library import wrap_triton
 
-from ..formats import E4M3, E5M2, FP8_MAX, fold_amax, saturating_cast
+from ..formats import FP8_MAX, fold_amax, saturating_cast
 
 PAD = 128  # every block length of the attention kernels divides it
-
-TL_DTYPE = {E4M3: tl.float8e4nv, E5M2: tl.float8e5}
 
 
 def padded(seq_len: int) -> int:
@@ -37,13 +36,13 @@ def padded(seq_len: int) -> int:
 
 
 @triton.jit
-def _record_amax(x, amax_bits):
-    """Fold max |x| into the float32 whose bits `amax_bits` points to.
+def _record_amax(x, seen):
+    """Fold max |x| into the float32 that `seen` points to.
 
     The maximum of bit patterns: exact in any order, so deterministic, and NaN is the largest.
     """
     bits = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-    tl.atomic_max(amax_bits, tl.max(bits), sem="relaxed")
+    tl.atomic_max(seen.to(tl.pointer_type(tl.int32)), tl.max(bits), sem="relaxed")
 
 
 @triton.jit
@@ -68,8 +67,8 @@ def _store(y, head, start, padded_len, x8, x8_t, BLOCK: tl.constexpr, C: tl.cons
 
 
 @triton.jit
-def _cast_kernel(x, scale, amax_bits, x8, x8_t, seq_len, padded_len, heads, stride_b, stride_h, stride_s,
-                 C: tl.constexpr, BLOCK: tl.constexpr, LIMIT: tl.constexpr, DTYPE: tl.constexpr,
+def _cast_kernel(x, scale, seen, x8, x8_t, seq_len, padded_len, heads, stride_b, stride_h, stride_s,
+                 C: tl.constexpr, BLOCK: tl.constexpr, LIMIT: tl.constexpr,
                  RECORD: tl.constexpr, PLAIN: tl.constexpr, TRANSPOSED: tl.constexpr, PAIRS: tl.constexpr):  # fmt: skip
     start, head = tl.program_id(0) * BLOCK, tl.program_id(1).to(tl.int64)
     rows, channels = start + tl.arange(0, BLOCK), tl.arange(0, C)
@@ -79,15 +78,15 @@ def _cast_kernel(x, scale, amax_bits, x8, x8_t, seq_len, padded_len, heads, stri
     )
     value = value.to(tl.float32)
     if RECORD:
-        _record_amax(value, amax_bits)
-    y = _saturate(value * tl.load(scale), LIMIT).to(DTYPE)
+        _record_amax(value, seen)
+    y = _saturate(value * tl.load(scale), LIMIT).to(x8.dtype.element_ty)
     _store(y, head, start, padded_len, x8, x8_t, BLOCK, C, PLAIN, TRANSPOSED, PAIRS)
 
 
 @triton.jit
-def _cast_gradient_kernel(do, o, scale, scale_ds, amax_bits, x8, x8_t, delta, seq_len, padded_len, heads,
+def _cast_gradient_kernel(do, o, scale, scale_ds, seen, x8, x8_t, delta, seq_len, padded_len, heads,
                           do_stride_b, do_stride_h, do_stride_s, o_stride_b, o_stride_h, o_stride_s,
-                          C: tl.constexpr, BLOCK: tl.constexpr, LIMIT: tl.constexpr, DTYPE: tl.constexpr,
+                          C: tl.constexpr, BLOCK: tl.constexpr, LIMIT: tl.constexpr,
                           RECORD: tl.constexpr, P_SCALE: tl.constexpr):  # fmt: skip
     start, head = tl.program_id(0) * BLOCK, tl.program_id(1).to(tl.int64)
     rows, channels = start + tl.arange(0, BLOCK), tl.arange(0, C)
@@ -101,8 +100,8 @@ def _cast_gradient_kernel(do, o, scale, scale_ds, amax_bits, x8, x8_t, delta, se
     sums = tl.sum(value * out, 1) * (tl.load(scale_ds) / P_SCALE)
     tl.store(delta + head * padded_len + rows, sums)
     if RECORD:
-        _record_amax(value, amax_bits)
-    y = _saturate(value * tl.load(scale), LIMIT).to(DTYPE)
+        _record_amax(value, seen)
+    y = _saturate(value * tl.load(scale), LIMIT).to(x8.dtype.element_ty)
     _store(y, head, start, padded_len, x8, x8_t, BLOCK, C, True, True, False)
 
 
@@ -123,9 +122,9 @@ def launch_cast(
     x8 = x.new_empty((batch, heads, length, dim) if plain else (0,) * 4, dtype=dtype)
     x8_t = x.new_empty((batch, heads, dim, length) if transposed else (0,) * 4, dtype=dtype)
     block = 64
-    _cast_kernel[(length // block, batch * heads)](
-        x, scale, seen.view(torch.int32), x8, x8_t, seq_len, length, heads, *x.stride()[:3],
-        C=dim, BLOCK=block, LIMIT=FP8_MAX[dtype], DTYPE=TL_DTYPE[dtype],
+    wrap_triton(_cast_kernel)[(length // block, batch * heads)](
+        x, scale, seen, x8, x8_t, seq_len, length, heads, *x.stride()[:3],
+        C=dim, BLOCK=block, LIMIT=FP8_MAX[dtype],
         RECORD=record, PLAIN=plain, TRANSPOSED=transposed, PAIRS=pairs, num_warps=4,  # type: ignore
     )  # fmt: skip
     return x8, x8_t
@@ -149,27 +148,24 @@ def launch_cast_gradient(
     do8_t = do.new_empty((batch, heads, dim, length), dtype=dtype)
     delta = do.new_empty((batch, heads, length), dtype=torch.float32)
     block = 64
-    _cast_gradient_kernel[(length // block, batch * heads)](
-        do, o, scale, scale_ds, seen.view(torch.int32), do8, do8_t, delta, seq_len, length, heads,
+    wrap_triton(_cast_gradient_kernel)[(length // block, batch * heads)](
+        do, o, scale, scale_ds, seen, do8, do8_t, delta, seq_len, length, heads,
         *do.stride()[:3], *o.stride()[:3],
-        C=dim, BLOCK=block, LIMIT=FP8_MAX[dtype], DTYPE=TL_DTYPE[dtype], RECORD=record, P_SCALE=p_scale, num_warps=4,  # type: ignore
+        C=dim, BLOCK=block, LIMIT=FP8_MAX[dtype], RECORD=record, P_SCALE=p_scale, num_warps=4,  # type: ignore
     )  # fmt: skip
     return do8, do8_t, delta
 
 
-_QUADS = torch.arange(16).view(2, 4, 2).transpose(0, 1).flatten()
-_PAIRS = torch.arange(16).view(2, 8).transpose(0, 1).flatten()
-
-
 def reorder(x: Tensor, pairs: bool) -> Tensor:
     """x [..., L] with its last dimension in `pairs` or `quads` order."""
-    order = (_PAIRS if pairs else _QUADS).to(x.device)
-    return x.unflatten(-1, (-1, 16))[..., order].flatten(-2)
+    if pairs:
+        return x.unflatten(-1, (-1, 2, 8)).transpose(-2, -1).flatten(-3)
+    return x.unflatten(-1, (-1, 2, 4, 2)).transpose(-3, -2).flatten(-4)
 
 
 def unquad(x: Tensor) -> Tensor:
     """x [..., L] in `quads` order -> in plain order."""
-    return x.unflatten(-1, (-1, 16))[..., _QUADS.argsort().to(x.device)].flatten(-2)
+    return x.unflatten(-1, (-1, 4, 2, 2)).transpose(-3, -2).flatten(-4)
 
 
 def cast_reference(

@@ -19,6 +19,7 @@ Written in Gluon, Triton's lower level: Triton 3.6 waits for each product before
 
 from __future__ import annotations
 
+from copy import copy
 from functools import cache
 
 import torch
@@ -178,9 +179,20 @@ def store_rows(acc, pointer, start, seq_len, stride_s):
 
 def tiles(x: Tensor, *block: int) -> TensorDescriptor:
     """Contiguous x for the copy engine: blocks of two numbers are of its [-1, N] matrix, of one number of the flat x."""
-    matrix = x.view(-1, x.shape[-1]) if len(block) == 2 else x.view(-1)
-    swizzle = min(128, block[-1] * x.element_size()) if len(block) == 2 else 0
-    layout = gl.NVMMASharedLayout(swizzle, 8 * x.element_size(), rank=len(block))
+    assert x.is_contiguous()
+    descriptor = copy(_tiles(x.shape, x.dtype, block))
+    descriptor.base = x
+    return descriptor
+
+
+@cache
+def _tiles(shape: torch.Size, dtype: torch.dtype, block: tuple[int, ...]) -> TensorDescriptor:
+    """A descriptor without memory, one per shape: Triton checks each in Python for as long as a launch takes."""
+    matrix = torch.empty(shape, dtype=dtype, device="meta").view(
+        (-1, shape[-1]) if len(block) == 2 else (-1,)
+    )
+    swizzle = min(128, block[-1] * dtype.itemsize) if len(block) == 2 else 0
+    layout = gl.NVMMASharedLayout(swizzle, 8 * dtype.itemsize, rank=len(block))
     return TensorDescriptor.from_tensor(matrix, list(block), layout)
 
 

@@ -34,12 +34,12 @@ def reference(
 
 
 @triton.jit
-def _cast_kernel(
-    x_ptr, scale_ptr, seen_ptr, q_ptr, qt_ptr, M, K, stride_m, stride_k, stride_t, first,
+def _cast_tile(
+    x_ptr, scale_ptr, seen_ptr, q_ptr, qt_ptr, tile, M, K, stride_m, stride_k, stride_t, first,
     FP8_MAX: tl.constexpr, RECORD: tl.constexpr, STRAIGHT: tl.constexpr, TRANSPOSED: tl.constexpr, COLUMNS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    rows = tile.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
     inside = (rows < M)[:, None] & (columns < K)[None, :]
     x = tl.load(x_ptr + rows[:, None] * stride_m + columns[None, :] * stride_k, mask=inside, other=0.0)
@@ -60,6 +60,37 @@ def _cast_kernel(
     if TRANSPOSED:
         where = columns[:, None].to(tl.int64) * stride_t + first + rows[None, :]
         tl.store(qt_ptr + where, tl.trans(q), mask=tl.trans(inside))
+
+
+@triton.jit
+def _cast_kernel(
+    x_ptr, scale_ptr, seen_ptr, q_ptr, qt_ptr, M, K, stride_m, stride_k, stride_t, first,
+    FP8_MAX: tl.constexpr, RECORD: tl.constexpr, STRAIGHT: tl.constexpr, TRANSPOSED: tl.constexpr, COLUMNS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    _cast_tile(
+        x_ptr, scale_ptr, seen_ptr, q_ptr, qt_ptr, tl.program_id(0), M, K, stride_m, stride_k, stride_t, first,
+        FP8_MAX, RECORD, STRAIGHT, TRANSPOSED, COLUMNS, BLOCK_M, BLOCK_K,
+    )  # fmt: skip
+
+
+@triton.jit
+def _join_kernel(
+    a_ptr, b_ptr, c_ptr, scale_ptr, q_ptr, qt_ptr, M_a, M_b, M_c, K, stride_m, stride_k, stride_t, first, tiles_a, tiles_b,
+    FP8_MAX: tl.constexpr, STRAIGHT: tl.constexpr, TRANSPOSED: tl.constexpr, COLUMNS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Three matrices of one width, one below the other, from row `first` of the result on."""
+    tile = tl.program_id(0)
+    if tile < tiles_a:
+        _cast_tile(a_ptr, scale_ptr, scale_ptr, q_ptr, qt_ptr, tile, M_a, K, stride_m, stride_k, stride_t, first,
+                   FP8_MAX, False, STRAIGHT, TRANSPOSED, COLUMNS, BLOCK_M, BLOCK_K)  # fmt: skip
+    elif tile < tiles_a + tiles_b:
+        _cast_tile(b_ptr, scale_ptr, scale_ptr, q_ptr, qt_ptr, tile - tiles_a, M_b, K, stride_m, stride_k, stride_t,
+                   first + M_a, FP8_MAX, False, STRAIGHT, TRANSPOSED, COLUMNS, BLOCK_M, BLOCK_K)  # fmt: skip
+    else:
+        _cast_tile(c_ptr, scale_ptr, scale_ptr, q_ptr, qt_ptr, tile - tiles_a - tiles_b, M_c, K, stride_m, stride_k,
+                   stride_t, first + M_a + M_b, FP8_MAX, False, STRAIGHT, TRANSPOSED, COLUMNS, BLOCK_M, BLOCK_K)  # fmt: skip
 
 
 @triton_op("titan_fp8::cast", mutates_args={"seen"})
@@ -92,15 +123,29 @@ def cast_joined_op(matrices: list[Tensor], scale: Tensor, dtype: torch.dtype, tr
     q, qt = (nothing, result) if transposed else (result, nothing)
     block_m, block_k = (32, 128) if transposed else (4, 2048)
     first = 0
-    for x in matrices:
-        rows = x.shape[0]
-        grid = (triton.cdiv(rows, block_m), triton.cdiv(columns, block_k))
-        wrap_triton(_cast_kernel)[grid](
-            x, scale, scale, q, qt, rows, columns, x.stride(0), x.stride(1), total, first,
-            FP8_MAX=FP8_MAX[dtype], RECORD=False, STRAIGHT=not transposed, TRANSPOSED=transposed, COLUMNS=scale.dim() == 1,
-            BLOCK_M=block_m, BLOCK_K=block_k, num_warps=4,
-        )  # fmt: skip
-        first += rows
+    # Three to a launch, if they lie alike: the host needs as long for a launch as the GPU for a small matrix.
+    alike = all(x.stride() == matrices[0].stride() for x in matrices)
+    step = 3 if alike else 1
+    for start in range(0, len(matrices), step):
+        some = matrices[start : start + step]
+        rows = [x.shape[0] for x in some] + [0, 0]
+        tiles = [triton.cdiv(n, block_m) for n in rows]
+        grid = (sum(tiles), triton.cdiv(columns, block_k))
+        options = {
+            "FP8_MAX": FP8_MAX[dtype], "STRAIGHT": not transposed, "TRANSPOSED": transposed, "COLUMNS": scale.dim() == 1,
+            "BLOCK_M": block_m, "BLOCK_K": block_k, "num_warps": 4,
+        }  # fmt: skip
+        x = some[0]
+        if len(some) == 1:
+            wrap_triton(_cast_kernel)[grid](
+                x, scale, scale, q, qt, rows[0], columns, x.stride(0), x.stride(1), total, first, RECORD=False, **options
+            )  # fmt: skip
+        else:
+            wrap_triton(_join_kernel)[grid](
+                x, some[1], some[-1], scale, q, qt, *rows[:3], columns, x.stride(0), x.stride(1), total, first, *tiles[:2],
+                **options,
+            )  # fmt: skip
+        first += sum(rows)
     return result
 
 

@@ -18,13 +18,12 @@ _ROWWISE_ON_CPU = TorchVersion(torch.__version__) >= (
 
 
 def scaled_mm(
-    a_MK: Tensor, b_KN: Tensor, scale_a: Tensor, scale_b: Tensor, out_dtype: torch.dtype, fast: bool
+    a_MK: Tensor, b_KN: Tensor, inverse_a: Tensor, inverse_b: Tensor, out_dtype: torch.dtype, fast: bool
 ) -> Tensor:
-    """(a / scale_a) @ (b / scale_b) as [M, N] in out_dtype. a, b: float8; scales: 0-dim float32.
+    """(a * inverse_a) @ (b * inverse_b) as [M, N] in out_dtype. a, b: float8; inverses of their scales: 0-dim float32.
 
     `fast`: Hopper may keep partial sums in fewer bits; used forward, where Transformer Engine and torchao do too.
     """
-    inverse_a, inverse_b = scale_a.reciprocal(), scale_b.reciprocal()
     if a_MK.device.type == "cpu" and not _ROWWISE_ON_CPU:
         return (bmm(a_MK[None], b_KN[None])[0] * (inverse_a * inverse_b)).to(out_dtype)
     if a_MK.device.type == "cpu":
