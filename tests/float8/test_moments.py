@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -17,7 +19,9 @@ from titan_fp8.float8.kernels.moments import (
     SUM,
     UNDERFLOWED,
     Cast,
+    look,
     reference,
+    some_rows,
 )
 
 B, S, N = 3, 40, 96
@@ -117,3 +121,23 @@ def test_compiled_sums_on_a_gpu_are_float64s():
     assert sums[:, SATURATED].tolist() == (wide.abs() > FP8_MAX[E4M3]).sum((1, 2)).tolist()
     assert sums[:, UNDERFLOWED].tolist() == ((q == 0) & (x != 0)).sum((1, 2)).tolist()
     assert torch.equal(sums[:, AMAX], wide.abs().amax((1, 2)))
+
+
+@pytest.mark.parametrize("known", [7.0, 0.5, torch.nan, torch.inf])
+def test_some_rows_and_the_amax_of_all(known):
+    """Rows in both orders: those at positions 0, 8, 16, ... of each stretch, whoever has it."""
+    x = heavy(B, S, N)
+    by_rank = x.unflatten(1, (2, -1)).transpose(0, 1).reshape(-1, N)  # stretches of 20
+    heads = x.unflatten(2, (4, -1)).transpose(1, 2)
+    sums = {}
+    for name, (t, groups) in {"plain": (x, 1), "rows": (x.flatten(0, 1), 1), "heads": (heads, 1)}.items():
+        sums[name] = torch.full((B, 1, 8), torch.nan, dtype=torch.float64)
+        look(some_rows(t, B, groups), sums[name], groups, known=torch.tensor(known))
+    expected = reference(x[:, ::8], B)
+    expected[:, AMAX] = known if math.isfinite(known) else expected[:, AMAX]
+    assert torch.equal(sums["plain"][:, 0], expected) and torch.equal(sums["rows"][:, 0], expected)
+    torch.testing.assert_close(sums["heads"][:, 0], expected, rtol=1e-5, atol=1e-5 * float(expected.max()))
+    positions = [p for p in range(S) if p % 20 % 8 == 0]
+    assert torch.equal(
+        some_rows(by_rank, B, 2).view(2, B, -1, N).transpose(0, 1).flatten(1, 2), x[:, positions]
+    )

@@ -37,6 +37,8 @@ from titan_fp8.float8.kernels.moments import (
 )
 
 RELATIVE = (ROWS + 1) * 2.0**-24
+FRESH = torch.Generator()
+FRESH.seed()
 
 
 def truth(x: Tensor, batch: int, groups: int) -> tuple[Tensor, Tensor]:
@@ -56,14 +58,13 @@ def random(
     *shape: int, size: float = 1.0, dtype: torch.dtype = torch.bfloat16, device: str = "cpu"
 ) -> Tensor:
     """Outliers in some columns, and magnitudes about `size`."""
-    x = torch.randn(shape, dtype=torch.float64)
+    x = torch.randn(shape, dtype=torch.float64, generator=FRESH)
     x[..., ::7] *= 50
     return (x * size).to(device, dtype)
 
 
 def cases(device: str) -> dict[str, tuple[Tensor, int, int]]:
     """name -> (x, batch, groups)."""
-    torch.manual_seed(int.from_bytes(os.urandom(4), "little"))
 
     def draw(*shape: int, size: float = 1.0, dtype: torch.dtype = torch.bfloat16) -> Tensor:
         return random(*shape, size=size, dtype=dtype, device=device)
@@ -126,18 +127,16 @@ def compare(name: str, sums: Tensor, x: Tensor, batch: int, groups: int) -> None
 def check(device: str) -> None:
     """All of the above, and what the options do."""
     for name, (x, batch, groups) in cases(device).items():
-        for parts in (1, 5):
-            sums = room(batch, parts, device)
-            launch(x, sums, groups, True, None, None, False)
-            compare(name, sums, x, batch, groups)
-            if parts > 1:
-                again = room(batch, parts, device)
-                launch(x, again, groups, True, None, None, False)
-                assert torch.equal(again, sums), name
+        sums, again = room(batch, 3, device), room(batch, 3, device)
+        launch(x, sums, groups, True, None, None, False)
+        compare(name, sums, x, batch, groups)
+        if device == "cuda":
+            launch(x, again, groups, True, None, None, False)
+            assert torch.equal(again, sums), name
 
     for dtype in (E4M3, E5M2):
         x = random(3, 40, 96, device=device) * torch.logspace(-6, 1, 96, device=device).bfloat16()
-        x[0, 0, :5], x[2, 1, 7] = 0.0, torch.inf
+        x[0, 0, :5], x[2, 1, 7], x[:, 3, 1], x[:, 4, 2] = 0.0, torch.inf, 1e-9, -1e3
         cast = Cast(torch.tensor(FP8_MAX[dtype] / 100, device=device), FP8_MAX[dtype], ROUNDS_TO_ZERO[dtype])
         x[1, 0, 0] = ROUNDS_TO_ZERO[dtype] / cast.scale
         sums = room(3, 4, device)
@@ -149,7 +148,7 @@ def check(device: str) -> None:
 
     x = random(2, 20, 96, device=device)
     largest = float(x.double().abs().max())
-    for known, expected in ((1e5, 1e5), (0.1, largest), (torch.nan, largest), (torch.inf, largest)):
+    for known, expected in ((1e5, 1e5), (0.1, 0.1), (torch.nan, largest), (torch.inf, largest)):
         sums = room(2, 3, device)
         launch(x, sums, 1, True, None, torch.tensor(known, device=device), False)
         assert float(total(sums)[:, AMAX].max()) == float(torch.tensor(expected)), known

@@ -58,6 +58,11 @@ from .scaling import (
 SMOOTH = "smooth_swiglu"
 
 
+def _short(x: Tensor, like: Tensor) -> Tensor:
+    """float32 x to be looked at: in 16 bits if `like` has 16. float16 could overflow."""
+    return x.bfloat16() if like.dtype.itemsize == 2 else x
+
+
 @torch._dynamo.allow_in_graph
 class _Float8FeedForward(torch.autograd.Function):
     @staticmethod
@@ -95,7 +100,7 @@ class _Float8FeedForward(torch.autograd.Function):
             # z never stands in memory: some rows are made again in plain PyTorch. Its amax is that of all rows.
             o_up, o_act = sites
             groups = 1 if tp is None else tp.size
-            z_mF = _activation(some_rows(h_MN.detach(), len(o_act), groups), alphas, kind)
+            z_mF = _short(_activation(some_rows(h_MN.detach(), len(o_act), groups), alphas, kind), h_MN)
             observe(x_MK, o_x, s_x, E4M3)
             look(z_mF if s_F is None else z_mF * s_F, o_z, groups, moments=False, cast=cast_of(s_z, E4M3))
             look(h_MN, o_up, groups)
@@ -139,7 +144,7 @@ class _Float8FeedForward(torch.autograd.Function):
             batch, groups = len(ctx.o_dh), 1 if tp is None else tp.size
             dz_mF, h_mN = (some_rows(x, batch, groups) for x in (dz_MF, h_MN))
             dh_mN, _ = _gradient(dz_mF if s_F is None else dz_mF.float() * s_F, h_mN, alphas, kind)
-            look(dh_mN, ctx.o_dh, groups, moments=False, cast=cast_of(s_dh, E5M2))
+            look(_short(dh_mN, h_MN), ctx.o_dh, groups, moments=False, cast=cast_of(s_dh, E5M2))
         up_t_KN = join(ups, s_up, True)
         dx_MK = begin_scatter(scaled_mm(dh8_MN, up_t_KN.t(), s_dh, s_up, dy_MK.dtype, fast=False), tp)
         dw2_KF = scaled_mm(dy8_t_KM, z8_t_FM.t(), s_dy, s_z, w2_KF.dtype, fast=False)

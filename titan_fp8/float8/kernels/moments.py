@@ -13,14 +13,14 @@ column by a power of two: that is exact, and what is left are ROWS + 1 roundings
 The kernel takes `partials` programs for each sample, and each writes a row of its own: no atomics, so two runs give the same
 bits, and whoever reads adds the rows up, for all tensors of the model at once. No thread waits for another before the end.
 
-Bytes of a layer of the 8B shape (D 4096, F 14336 with a gate, 21504 without, K 8 of H 32, C 128; bfloat16, 8192 tokens):
+Bytes of a layer of the 8B shape (D 4096, F 14336 with a gate, 21504 without, K 8 of H 32, C 128; bfloat16, 8192 tokens), MB:
 
-    residual, qkv_in, q, attention_out, ffn_out 67 MB each; k, v 17 each                    369 MB
-    ffn_up      with a gate 470, without 352 MB                                             470
-    FP8 tensors and ffn_act, every 8th row: 1.5 to 1.8 GB / 8, and those made again         0.3 GB
+    residual, qkv_in, q, attention_out, ffn_out 67 each; k, v 17 each                       369
+    ffn_up                                                              with a gate 470, without 352
+    FP8 tensors that stand in memory, 603, every 8th row                                     75
+    every 8th row of z (ffn_act) and dh, made in bfloat16, then read                         350
 
-1.1 GB at 3 TB/s are 0.4 ms of a layer, 3 ms of eight. All rows of ffn_act and of its gradient, which no one holds, would be
-made in float32, written, and read: 2 GB more.
+That is 1.2 GB, 0.4 ms at 3 TB/s: 3.2 ms of eight layers. All rows of z and dh in float32 alone would be 4 GB.
 """
 
 from __future__ import annotations
@@ -115,17 +115,12 @@ def total(sums: Tensor) -> Tensor:
 
 
 @triton.jit
-def _larger(a, b):
-    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
-
-
-@triton.jit
 def _sums(
     x_ptr, scale_ptr, G, L, Q, N, stride_g, stride_b, stride_l, stride_q, stride_n,
     LARGEST: tl.constexpr, SMALLEST: tl.constexpr, MOMENTS: tl.constexpr, CAST: tl.constexpr, FINITE: tl.constexpr,
     ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """This program's sums, in the order of the columns. FINITE: all elements are; if not, amax tells, no sum is right."""
+    """This program's sums, in the order of the columns. FINITE: all elements are; if not, the squares' sum tells."""
     sample, first = tl.program_id(0), tl.program_id(1)
     across, down = tl.cdiv(N, WIDTH), tl.cdiv(L, ROWS)
     sum1 = tl.zeros((WIDTH,), tl.float64)
@@ -149,8 +144,8 @@ def _sums(
             x = tl.where(finite, x, 0.0)
             nonfinite += tl.sum((~finite).to(tl.int32), 0)
         size = tl.abs(x)
-        a = tl.reduce(size, 0, _larger)
-        largest = _larger(largest, a)
+        a = tl.max(size, 0)
+        largest = tl.maximum(largest, a)
         if MOMENTS:
             # a's power of two and its inverse, by their exponents' bits; |x| * inverse is below 4, so y^4 is finite.
             exponent = tl.minimum(tl.maximum(a.to(tl.int32, bitcast=True) >> 23, 1), 253)
@@ -168,7 +163,7 @@ def _sums(
     bad = tl.sum(nonfinite, 0)
     return (
         tl.sum(sum1, 0), tl.sum(sum2, 0), tl.sum(sum4, 0), (elements - bad).to(tl.float64), bad.to(tl.float64),
-        tl.sum(saturated, 0).to(tl.float64), tl.sum(underflowed, 0).to(tl.float64), tl.reduce(largest, 0, _larger),
+        tl.sum(saturated, 0).to(tl.float64), tl.sum(underflowed, 0).to(tl.float64), tl.max(largest, 0),
     )  # fmt: skip
 
 
@@ -178,25 +173,27 @@ def _moments_kernel(
     LARGEST: tl.constexpr, SMALLEST: tl.constexpr, MOMENTS: tl.constexpr, CAST: tl.constexpr, KNOWN: tl.constexpr,
     ADD: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    # To look at each element whether it is finite takes a third of the instructions: only where some are not.
-    values = _sums(
+    # To ask of each element whether it is finite takes a third of the instructions. So all are taken for finite, and where
+    # one was not, its square is in the sum: once more. (Without moments there is no such sum.)
+    sum1, sum2, sum4, elements, bad, saturated, underflowed, amax = _sums(
         x_ptr, scale_ptr, G, L, Q, N, stride_g, stride_b, stride_l, stride_q, stride_n,
-        LARGEST, SMALLEST, MOMENTS, CAST, True, ROWS, WIDTH,
+        LARGEST, SMALLEST, MOMENTS, CAST, MOMENTS, ROWS, WIDTH,
     )  # fmt: skip
-    if not (values[7] < float("inf")):
-        values = _sums(
-            x_ptr, scale_ptr, G, L, Q, N, stride_g, stride_b, stride_l, stride_q, stride_n,
-            LARGEST, SMALLEST, MOMENTS, CAST, False, ROWS, WIDTH,
-        )  # fmt: skip
-    amax = values[7]
+    if MOMENTS:  # noqa: SIM102  (for the compiler: one is known to it, the other a tensor)
+        if not (sum2 < float("inf")):
+            sum1, sum2, sum4, elements, bad, saturated, underflowed, amax = _sums(
+                x_ptr, scale_ptr, G, L, Q, N, stride_g, stride_b, stride_l, stride_q, stride_n,
+                LARGEST, SMALLEST, MOMENTS, CAST, False, ROWS, WIDTH,
+            )  # fmt: skip
     if KNOWN:
         known = tl.load(known_ptr)
-        amax = tl.where(known < float("inf"), tl.maximum(amax, known), amax)
+        amax = tl.where(known < float("inf"), known, amax)
     amax = amax.to(tl.float64)
     out = sums_ptr + (tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)) * 8
     if ADD:
         amax = tl.maximum(amax, tl.load(out + 7))
     tl.store(out + 7, amax)
+    values = (sum1, sum2, sum4, elements, bad, saturated, underflowed)
     for i in tl.static_range(7):
         value = values[i]
         if ADD:
@@ -260,7 +257,7 @@ def look(
     """Write the sums of x into `sums` [B, P, 8] float64 (P from `partials`); with `add`, add them to what is there.
 
     x, groups, moments, cast: as for `reference`; on CUDA x is read once, and strides are all the same to it. known: 0-dim
-    float32, a magnitude that x has somewhere; if it is finite, the amax is no smaller. For rows that stand for others.
+    float32, the amax of all those rows that x stands for; if it is finite, it is told instead of x's.
     """
     with torch.no_grad():
         x = x.detach()
@@ -269,8 +266,8 @@ def look(
             return
         found = reference(x, len(sums), groups, moments, cast)
         if known is not None:
-            amax = torch.where(known.isfinite(), known.double(), 0.0)
-            found = torch.cat((found[:, :AMAX], found[:, AMAX:].clamp(min=amax)), 1)
+            amax = torch.where(known.isfinite(), known.double(), found[:, AMAX:])
+            found = torch.cat((found[:, :AMAX], amax), 1)
         if add:
             found = total(torch.stack((sums[:, 0], found), 1))
         sums.copy_(found[:, None])
