@@ -69,3 +69,16 @@ def test_a_pair_is_one_tensor():
         whole = reference(h, B)[:, None]
         torch.testing.assert_close(site.sums, whole, rtol=1e-5, atol=1e-5 * float(whole[..., SQUARES].max()))
         assert torch.equal(site.sums[..., ELEMENTS:], whole[..., ELEMENTS:])
+
+
+@pytest.mark.gpu
+def test_attention_rows_on_a_gpu_are_the_cpus():
+    """Products of bfloat16 are exact in float32; 128 of them are added in another order."""
+    torch.manual_seed(0)
+    q, k = (torch.randn(2, 512, heads, 128).bfloat16() for heads in (8, 2))
+    k[0, 3, 1, 7] = torch.nan
+    expected = attention_sums(q, k, 0.09)
+    for run in (attention_sums, torch.compile(attention_sums, fullgraph=True)):
+        largest, entropy, rows = run(q.cuda(), k.cuda(), 0.09).tolist()
+        assert largest == pytest.approx(float(expected[0]), abs=1e-4) and rows == expected[2]
+        assert entropy / rows == pytest.approx(float(expected[1]) / rows, abs=1e-4)
