@@ -34,7 +34,9 @@ OURS = {
     "checkpoint_folder": [],
     "checkpoint": ["checkpoint_folder"],
     "tensor_parallel": [],  # neutral ground: what ranks send each other, in the decoder and in FP8 layers
-    "probe": [],  # neutral ground: where the decoder and FP8 layers let themselves be looked at, by whom they do not know
+    "probe": [
+        "float8.kernels.moments"
+    ],  # neutral ground: where the decoder and FP8 layers let themselves be looked at, by whom they do not know
     "loss": ["tensor_parallel"],  # neutral ground: the decoder's loss, which float8.head computes in FP8
     "optim": ["float8.kernels.adam", "float8.formats"],
     "model.activations": ["tensor_parallel"],
@@ -42,7 +44,7 @@ OURS = {
     "model.parallelize": ["float8.kernels.attention", "device", "tensor_parallel"],
     "float8.formats": [],
     "float8.kernels.*": ["float8.formats", "float8.kernels*"],
-    "float8.scaling": ["float8.formats", "probe", "tensor_parallel"],
+    "float8.scaling": ["float8.formats", "float8.kernels.moments", "probe", "tensor_parallel"],
     "float8.weights": ["float8.formats", "float8.kernels.cast"],
     "float8.linear": [
         "float8.kernels*",
@@ -56,14 +58,13 @@ OURS = {
         "float8.scaling",
         "float8.formats",
         "float8.linear",
-        "probe",
         "tensor_parallel",
     ],
     "float8.head": ["loss", "float8.kernels*", "float8.scaling", "float8.formats", "tensor_parallel"],
     "float8.attention": ["float8.kernels*", "float8.scaling", "float8.formats"],
     "float8.tensorwise": ["tensor_parallel"],
     "float8.convert": ["float8.*", "config"],
-    "stability.statistics": ["probe"],
+    "stability.statistics": ["float8.kernels.cosines", "float8.kernels.moments", "probe"],
     "stability.predictor": [],
     "stability.policy": [],
     "stability.gate": [],

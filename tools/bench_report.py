@@ -39,12 +39,27 @@ def table(result: dict[str, Any]) -> str:
             f"{floor:>20s} {row['floor_ms'] / row['step_ms']:10.0%} {row['peak_memory_gib']:6.1f} "
             f"{row['parameters'] / 1e6:10.1f}M"
         )
+    lines += statistics_cost(rows)
     if any(row.get("profile_ms") for row in rows):
         lines.append("\nms of a step by kind of kernel; idle: nothing runs on the GPU")
         for row in rows:
             parts = "  ".join(f"{kind} {value:.1f}" for kind, value in row["profile_ms"].items())
             lines.append(f"{row['variant']:24s} {parts}")
     return "\n".join(lines + curves(result))
+
+
+def statistics_cost(rows: list[dict[str, Any]]) -> list[str]:
+    """What statistics add to the step of the same variant without, in lines; nothing if it was not run."""
+    step_ms = {row["variant"]: row["step_ms"] for row in rows}
+    lines = []
+    for name, ms in step_ms.items():
+        plain = name.removesuffix(" + statistics")
+        if plain != name and plain in step_ms:
+            share = ms / step_ms[plain] - 1
+            lines.append(
+                f"statistics of {plain}: {share:+.1%} of every step, {share / 10:+.2%} at one step of ten"
+            )
+    return lines
 
 
 def curves(result: dict[str, Any]) -> list[str]:

@@ -15,7 +15,7 @@ from triton.backends.compiler import GPUTarget
 
 from titan_fp8 import loss
 from titan_fp8.float8.formats import E4M3, E5M2
-from titan_fp8.float8.kernels import activation, attention_cast, cast, softmax
+from titan_fp8.float8.kernels import activation, attention_cast, cast, moments, softmax
 
 
 class Hopper:
@@ -113,6 +113,14 @@ def test_smooth_swiglu(written):
     assert got == ["dh_seen_ptr", "z_seen_ptr", "dh_ptr", "dh_t_ptr", "z_t_ptr"]
     got = written(cast, cast.cast_joined_op, [half(64, 96)], torch.ones(96), E4M3, True)
     assert got == [["qt_ptr"]]
+
+
+@pytest.mark.parametrize("add", [False, True])
+def test_sums(written, add):
+    sums = torch.zeros(2, 7, 8, dtype=torch.float64)
+    more = (one(), one(), 448.0, 2.0**-10) if add else (None, None, 0.0, 0.0)
+    got = written(moments, moments.moments_op, half(1, 2, 40, 1, 96), sums, *more, True, add)
+    assert got == [["sums_ptr"]]
 
 
 def test_loss(written):

@@ -168,6 +168,16 @@ def test_the_table_says_how_near_the_floor_and_whether_the_model_learns(bench):
     assert "NOT every variant learns" in bench.report.table(result(learns=False))
 
 
+def test_the_table_says_what_statistics_cost(bench):
+    with_them = result()
+    assert "statistics of" not in bench.report.table(with_them)
+    with_them["rows"].append(
+        with_them["rows"][1] | {"variant": "fog_max fp8 full + statistics", "step_ms": 104.0}
+    )
+    words = "statistics of fog_max fp8 full: +4.0% of every step, +0.40% at one step of ten"
+    assert words in bench.report.table(with_them)
+
+
 def test_a_recorded_result_is_drawn_again_without_a_gpu(bench, tmp_path, capsys):
     pytest.importorskip("matplotlib", reason="needs matplotlib (pip install 'titan-fp8[plot]')")
     recorded = tmp_path / "r.json"

@@ -126,7 +126,7 @@ class _Reference(torch.autograd.Function):
         if ctx.fp8:
             do8, s_do = quantize(do, s_do, ctx.a_do, ctx.grad_dtype, ctx.rule)
             if ctx.rule.observe:
-                observe(do, ctx.o_do, s_do, ctx.grad_dtype, moments=True)
+                observe(do, ctx.o_do, s_do, ctx.grad_dtype, amax=ctx.a_do)
             p8 = saturating_cast(p, P_SCALE, E4M3)
             dv = bmm(p8.transpose(1, 2), do8) / (P_SCALE * s_do)
             dp = bmm(do8, v8.transpose(1, 2)) / (s_do * s_v)
@@ -173,8 +173,6 @@ class _Kernels(torch.autograd.Function):
         q8, k8, q8_t, k8_t, v8, s_q, s_k, s_v, o, shift, s_do, s_ds = ctx.saved_tensors
         rule, dtype = ctx.rule, ctx.grad_dtype
         s_do = scale_in_use(do, s_do, dtype, rule)
-        if rule.observe:
-            observe(do, ctx.o_do, s_do, dtype, moments=True)
 
         def run(s_ds: Tensor, a_do: Tensor, a_ds: Tensor, record: bool) -> tuple[Tensor, Tensor, Tensor]:
             do8, do8_t, delta = kernels.attention_cast_gradient(do, o, s_do, s_ds, a_do, dtype, record)
@@ -188,7 +186,10 @@ class _Kernels(torch.autograd.Function):
             first = torch.zeros_like(s_ds)
             run(torch.ones_like(s_ds), torch.zeros_like(s_ds), first, True)
             s_ds = measured_scale(first, s_ds, dtype, rule)
-        return *run(s_ds, ctx.a_do, ctx.a_ds, rule.record), None, None, None, None, None
+        gradients = run(s_ds, ctx.a_do, ctx.a_ds, rule.record)
+        if rule.observe:
+            observe(do, ctx.o_do, s_do, dtype, amax=ctx.a_do)
+        return *gradients, None, None, None, None, None
 
 
 class Float8Attention(nn.Module):

@@ -24,7 +24,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from titan_fp8.probe import sample_sums
 from titan_fp8.tensor_parallel import (
     Ranks,
     all_gather,
@@ -39,6 +38,7 @@ from .formats import E4M3, E5M2, FP8_MAX, scale_from_amax
 from .kernels.activation import KINDS, _activation, _gradient, activate, activate_backward, channel_amax
 from .kernels.cast import cast, transpose
 from .kernels.gemm import scaled_mm
+from .kernels.moments import look, some_rows
 from .linear import join, matrix
 from .scaling import (
     CastRule,
@@ -47,6 +47,7 @@ from .scaling import (
     Recipe,
     TensorScale,
     WeightScale,
+    cast_of,
     channel_scales,
     folded,
     measured_scale,
@@ -55,6 +56,11 @@ from .scaling import (
 )
 
 SMOOTH = "smooth_swiglu"
+
+
+def _short(x: Tensor, like: Tensor) -> Tensor:
+    """float32 x to be looked at: in 16 bits if `like` has 16. float16 could overflow."""
+    return x.bfloat16() if like.dtype.itemsize == 2 else x
 
 
 @torch._dynamo.allow_in_graph
@@ -93,13 +99,14 @@ class _Float8FeedForward(torch.autograd.Function):
             m_w2 = folded(s_w2, s_F)
         z8_MF = activate(h_MN, alphas, s_z, a_z, kind, rule.record and s_F is None, s_F)
         if rule.observe:
-            # z never stands in memory: made again in plain PyTorch, for this step only.
+            # z never stands in memory: some rows are made again in plain PyTorch. Its amax is that of all rows.
             o_up, o_act = sites
-            z_MF, groups = _activation(h_MN.detach(), alphas, kind), 1 if tp is None else tp.size
+            groups = 1 if tp is None else tp.size
+            z_mF = _short(_activation(some_rows(h_MN.detach(), len(o_act), groups), alphas, kind), h_MN)
             observe(x_MK, o_x, s_x, E4M3)
-            observe(z_MF if s_F is None else z_MF * s_F, o_z, s_z, E4M3, tp)
-            o_up.copy_(sample_sums(h_MN, len(o_up), groups))
-            o_act.copy_(sample_sums(z_MF, len(o_act), groups))
+            look(z_mF if s_F is None else z_mF * s_F, o_z, groups, moments=False, cast=cast_of(s_z, E4M3))
+            look(h_MN, o_up, groups)
+            look(z_mF, o_act, groups, known=a_z if s_F is None else channel_amax(h_MN).amax())
         ctx.save_for_backward(
             kept, h_MN, alphas, i_x, s_z, i_z, s_dh, i_dh, s_dy, i_dy, s_up, i_up, i_w2, m_w2, s_F, w2_KF, *ups
         )  # fmt: skip
@@ -156,9 +163,11 @@ class _Float8FeedForward(torch.autograd.Function):
             dz_MF, h_MN, alphas, s_z, s_dh, ctx.a_dh, kind, E5M2, rule.record, s_F, ctx.a_F
         )
         if rule.observe:
-            observe(dy_MK, ctx.o_dy, s_dy, E5M2, moments=True)
-            dz_MF = dz_MF if s_F is None else dz_MF.float() * s_F
-            observe(_gradient(dz_MF, h_MN, alphas, kind)[0], ctx.o_dh, s_dh, E5M2, tp)
+            observe(dy_MK, ctx.o_dy, s_dy, E5M2, amax=ctx.a_dy)
+            batch, groups = len(ctx.o_dh), 1 if tp is None else tp.size
+            dz_mF, h_mN = (some_rows(x, batch, groups) for x in (dz_MF, h_MN))
+            dh_mN, _ = _gradient(dz_mF if s_F is None else dz_mF.float() * s_F, h_mN, alphas, kind)
+            look(_short(dh_mN, h_MN), ctx.o_dh, groups, moments=False, cast=cast_of(s_dh, E5M2))
         up_t_KN = join(ups, s_up, True)
         dx_MK = begin_scatter(scaled_mm(dh8_MN, up_t_KN.t(), i_dh, i_up, dy_MK.dtype, fast=False), tp)
         dw2_KF = scaled_mm(dy8_t_KM, z8_t_FM.t(), i_dy, i_z, w2_KF.dtype, fast=False)

@@ -100,7 +100,7 @@ class _Float8Matmul(torch.autograd.Function):
             dy_MN, dy_scale, ctx.dy_amax, E5M2, ctx.rule.record, needs_dx or rows is not None, needs_dw and rows is None
         )  # fmt: skip
         if ctx.rule.observe:
-            observe(dy_MN, ctx.dy_sums, dy_scale, E5M2, columns, moments=True)
+            observe(dy_MN, ctx.dy_sums, dy_scale, E5M2, columns, ctx.dy_amax)
         dy8_MN = all_gather(dy8_MN, rows)
         if needs_dw:
             kept = begin_gather(kept, columns)

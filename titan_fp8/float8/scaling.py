@@ -42,7 +42,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from titan_fp8.probe import Cast, Observer, Probe, sample_sums
+from titan_fp8.probe import Observer, Probe
 from titan_fp8.tensor_parallel import Ranks, all_max
 
 from .formats import (
@@ -56,6 +56,7 @@ from .formats import (
     scale_from_amax,
     short_name,
 )
+from .kernels.moments import Cast, look, some_rows
 
 HEADROOM = (
     6  # binades between a feature's amax and the largest that its cast holds; up to 8 cost no precision
@@ -262,17 +263,26 @@ def quantize(
     return saturating_cast(x, scale, dtype), scale
 
 
+def cast_of(scale: Tensor, dtype: torch.dtype) -> Cast:
+    """What `scale` and FP8 of this format do to a tensor."""
+    return Cast(scale, FP8_MAX[dtype], ROUNDS_TO_ZERO[dtype])
+
+
 def observe(
     x: Tensor,
     sums: Tensor,
     scale: Tensor,
     dtype: torch.dtype,
     ranks: Ranks | None = None,
-    moments: bool = False,
+    amax: Tensor | None = None,
 ) -> None:
-    """Look at x [..., N], which `scale` takes to FP8. `ranks`: it has all their rows, one rank's below another's."""
-    cast = Cast(scale, FP8_MAX[dtype], ROUNDS_TO_ZERO[dtype])
-    sums.copy_(sample_sums(x, len(sums), 1 if ranks is None else ranks.size, moments, cast))
+    """Look at some rows of x [..., N], which `scale` takes to FP8. `ranks`: it has rows of all, one rank's below another's.
+
+    With `amax` (0-dim float32, of all rows) also at the moments, whose amax it becomes.
+    """
+    groups = 1 if ranks is None else ranks.size
+    rows = some_rows(x, len(sums), groups)
+    look(rows, sums, groups, amax is not None, cast_of(scale, dtype), amax)
 
 
 def _no_nan(amaxes: Tensor) -> Tensor:

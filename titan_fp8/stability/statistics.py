@@ -4,14 +4,16 @@
 and the gradients, and the host looks only where it synchronises anyway (when logging, and before a checkpoint).
 
 `Statistics`: a table of numbers that foretell divergence (arXiv 2505.20524, section 4; 2409.12517, section 4), of the last
-micro-batch of an observed step. Of a site (titan_fp8/probe.py), over all its elements that are finite:
+micro-batch of an observed step. Of a site (titan_fp8/probe.py), over its elements that are finite:
 
     mean = sum x / n       rms = sqrt(sum x^2 / n)       amax = max |x|
     kurtosis = mean over samples of n_b sum x^4 / (sum x^2)^2        uncentred, as the FOG authors have it: 3 for a Gaussian
 
 Per sample, for a rank has whole samples under FSDP. Under tensor parallel it has parts of them: the sums are added first.
 Attention: logit_max, entropy. FP8 tensors: headroom = log2(fp8_max / (amax scale)), amax_jump = amax / max of its history,
-saturated_share and underflowed_share of the elements. Matrices: weight_rms, update_rms (of every 64th row, exact). Gated
+saturated_share and underflowed_share of the elements, and of gradients that come in rms and kurtosis, all from every 8th row
+of a sample. So are mean, rms and kurtosis of an FP8 feed-forward's ffn_act, which never stands in memory. amax is of all
+rows; in these two cases, over all micro-batches. Matrices: weight_rms and update_rms, of every 64th row, exact. Gated
 feed-forwards: largest and 99.9 % quantile of |cos| between the rows of w1 and w3 that meet in a product; the quantile from a
 histogram of angles, 0.09 degrees wide, since a rank has some of the rows. Where SwiGLU's outliers come from, it goes to 1.
 """
@@ -28,21 +30,19 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from titan_fp8.probe import (
+from titan_fp8.float8.kernels.cosines import row_cosines
+from titan_fp8.float8.kernels.moments import (
     AMAX,
     ELEMENTS,
     FOURTHS,
     NONFINITE,
-    PIECE,
     SATURATED,
     SQUARES,
     SUM,
     UNDERFLOWED,
-    AttentionSite,
-    Observer,
-    Probe,
-    Site,
+    total,
 )
+from titan_fp8.probe import AttentionSite, Observer, Probe, Site
 
 
 class FiniteWatch:
@@ -110,7 +110,7 @@ class FiniteWatch:
 Table = dict[str, dict[str, float]]
 """site -> statistic -> value, 6 significant digits. What is missing is unknown in this step."""
 
-ROWS = 64  # every so many rows of a matrix are compared with what they were before the step
+ROWS = 64  # one of so many rows of a matrix is looked at, and compared with what it was before the step
 BINS = 1000  # of the angle between two rows, 0 to 90 degrees
 QUANTILE = 0.999
 DIGITS = 6
@@ -148,7 +148,7 @@ class Statistics:
         for path, module in model.named_modules():
             if not isinstance(module, Probe):
                 continue
-            module.sums = torch.zeros(module.room(batch), dtype=torch.float64, device=device)
+            module.make_room(batch, device)
             name = plain(path)
             layer = re.match(r"layers\.\d+\.", name)
             if isinstance(module, AttentionSite):
@@ -167,8 +167,15 @@ class Statistics:
         self.gated = [name.removesuffix(".w3") for name in gates]
         self.first_rows = [_first_row(p) for p in self.matrices.values()]
         rows = self._rows()
-        counts = [[_inner(p).numel() for p in self.matrices.values()], [x.numel() for x in rows]]
-        self.counts = torch.tensor(counts, dtype=torch.float64, device=home)  # [2, W]
+        self.counts = torch.tensor([x.numel() for x in rows], dtype=torch.float64, device=home)  # [W]
+        # Indices of matrices whose rows can lie in one tensor: one by one, each would cost several launches.
+        self.alike: dict[Any, list[int]] = {}
+        for i, x in enumerate(rows):
+            self.alike.setdefault((x.shape[1], x.dtype, x.device), []).append(i)
+        heights = [len(_inner(self.matrices[f"{name}.w1"])) for name in self.gated]
+        heights = torch.tensor(heights, dtype=torch.int64, device=home)
+        # Of every row of every gate, one below another's: which gate's it is.
+        self.gate_of_row = torch.arange(len(self.gated), device=home).repeat_interleave(heights)
         self._before: list[Tensor] = []
 
     def begin(self) -> None:
@@ -182,12 +189,17 @@ class Statistics:
     @torch.no_grad()
     def before_update(self) -> None:
         """Remember every 64th row of each matrix."""
-        self._before = [row.clone() for row in self._rows()]
+        self._before = self._together()
 
     def _rows(self) -> list[Tensor]:
         """Rows 0, 64, 128, ... of each whole matrix, as far as they are here."""
         pairs = zip(self.matrices.values(), self.first_rows, strict=True)
         return [_inner(p)[first::ROWS] for p, first in pairs]
+
+    def _together(self) -> list[Tensor]:
+        """Copies of these rows, of all matrices that are `alike` one below another's."""
+        rows = self._rows()
+        return [torch.cat([rows[i] for i in group]) for group in self.alike.values()]
 
     @torch.no_grad()
     def collect(self) -> Table:
@@ -212,7 +224,7 @@ class Statistics:
 
     def _reduced(self) -> tuple[Tensor, Tensor]:
         """What is added over all ranks, and what is maximised; both [n] float64."""
-        samples = torch.stack([probe.sums for probe in self.probes.values()])  # [P, B, 8]
+        samples = total(torch.stack([probe.sums for probe in self.probes.values()]))  # [probes, B, 8]
         amax = samples[..., AMAX].amax(1)
         samples = samples[..., :AMAX]
         if self.tp is not None:
@@ -231,15 +243,17 @@ class Statistics:
             sums.append(attention[:, 1:].flatten())
             maxima.append(torch.where(attention[:, 2] > 0, attention[:, 0], -torch.inf))
         sums.append(self._weight_sums())
-        for name in self.gated:
-            cosines = row_cosines(*(_inner(self.matrices[f"{name}.{part}"]) for part in ("w1", "w3")))
+        if self.gated:
+            pairs = [
+                [_inner(self.matrices[f"{name}.{part}"]) for part in ("w1", "w3")] for name in self.gated
+            ]
+            cosines = torch.cat([row_cosines(w1, w3) for w1, w3 in pairs])
             bins = (torch.acos(cosines) * (BINS / (math.pi / 2))).long().clamp(max=BINS - 1)
-            ones = torch.ones_like(bins, dtype=torch.float64)
-            sums.append(
-                torch.zeros(BINS, dtype=torch.float64, device=bins.device).scatter_add_(0, bins, ones)
-            )
-            nothing = cosines.new_zeros(1)  # a rank may have no row
-            maxima.append(torch.cat((cosines, nothing)).amax().double().view(1))
+            bins += self.gate_of_row * BINS
+            histograms = torch.zeros(len(pairs) * BINS, dtype=torch.float64, device=bins.device)
+            sums.append(histograms.scatter_add_(0, bins, torch.ones_like(bins, dtype=torch.float64)))
+            largest = torch.zeros(len(pairs), dtype=torch.float64, device=bins.device)
+            maxima.append(largest.scatter_reduce_(0, self.gate_of_row, cosines.double(), "amax"))
         whole, largest = (torch.cat([x.to(self.device) for x in parts]) for parts in (sums, maxima))
         if dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(whole)
@@ -247,19 +261,22 @@ class Statistics:
         return whole, largest
 
     def _weight_sums(self) -> Tensor:
-        """[4 W] float64: of each matrix its squares and elements, those of its update and elements compared."""
-        now, rows = [_inner(p) for p in self.matrices.values()], self._rows()
-        assert len(self._before) == len(rows), "before_update() comes before collect()"
-        changes = torch._foreach_sub([x.float() for x in rows], [x.float() for x in self._before])
+        """[3 W] float64: of every 64th row of each matrix the squares, those of its update, and the number of elements."""
+        now = self._together()
+        assert len(self._before) == len(now), "before_update() comes before collect()"
+        changes = [x.float() - y.float() for x, y in zip(now, self._before, strict=True)]
         self._before = []
-        device = now[0].device
+        heights = [len(x) for x in self._rows()]
         columns = []
-        for tensors in (now, list(changes)):
-            tensors = [x if x.numel() else torch.zeros(1, device=device) for x in tensors]
-            columns.append(
-                torch.stack(torch._foreach_norm(tensors, 2.0, dtype=torch.float32)).double().square()
-            )
-        return torch.stack((columns[0], self.counts[0], columns[1], self.counts[1]), 1).flatten()
+        for groups in (now, changes):
+            parts: dict[int, Tensor] = {}
+            for group, x in zip(self.alike.values(), groups, strict=True):
+                parts |= zip(group, x.split([heights[i] for i in group]), strict=True)
+            tensors = [parts[i] for i in range(len(parts))]
+            tensors = [x if x.numel() else torch.zeros(1, device=x.device) for x in tensors]
+            norms = torch.stack(torch._foreach_norm(tensors, 2.0, dtype=torch.float32))
+            columns.append(norms.double().square())
+        return torch.stack((*columns, self.counts), 1).flatten()
 
     def _tell_probes(self, table: _Table, maxima: int) -> None:
         names = list(self.probes)
@@ -288,10 +305,9 @@ class Statistics:
 
     def _tell_weights(self, table: _Table) -> None:
         for name in self.matrices:
-            squares, n, changes, compared = table.take(4)
+            squares, changes, n = table.take(3)
             table.put(name, "weight_rms", math.sqrt(squares / n))
-            if compared:
-                table.put(name, "update_rms", math.sqrt(changes / compared))
+            table.put(name, "update_rms", math.sqrt(changes / n))
         histograms = [table.take(BINS) for _ in self.gated]
         table.seek(table.position + len(self.probes) + len(self.attentions))
         for name, histogram in zip(self.gated, histograms, strict=True):
@@ -348,16 +364,3 @@ def _first_row(p: Tensor) -> int:
         return 0
     _, (offset, _) = compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)
     return -offset % ROWS
-
-
-def row_cosines(a: Tensor, b: Tensor) -> Tensor:
-    """[R] float32: |cos| of the rows of a, b [R, K]. 0 where a row is zero or not finite."""
-    found = []
-    rows = max(1, PIECE // a.shape[1])
-    for x, y in zip(a.split(rows), b.split(rows), strict=True):
-        norms = torch.linalg.vector_norm(x, dim=1, dtype=torch.float32) * torch.linalg.vector_norm(
-            y, dim=1, dtype=torch.float32
-        )
-        cosines = (x.float() * y.float()).sum(1).abs() / norms
-        found.append(torch.where(cosines.isfinite(), cosines, 0.0).clamp(max=1.0))
-    return torch.cat(found)
