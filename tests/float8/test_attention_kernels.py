@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -294,6 +295,26 @@ def test_compiles_for_hopper(tmp_path):
         assert "serialized" not in line, line
 
 
+def shared_memory(ptx: str) -> dict[str, set[int]]:
+    """Bytes of shared memory that are mbarriers, and those at known places that plain instructions read or write.
+
+    Memory that was a barrier may not become anything else (PTX: without mbarrier.inval what follows is undefined). Triton
+    does reuse it once a barrier has no more users in the program's order, which other warps may not have come to.
+    """
+    places = {r: int(n) for r, n in re.findall(r"add\.s32\s+(%r\d+), %r\d+, (\d+);", ptx)}
+    places |= dict.fromkeys(re.findall(r"mov\.b32\s+(%r\d+), global_smem;", ptx), 0)
+    barriers = {
+        places[r] + i
+        for r in re.findall(r"mbarrier\.init\.shared::cta\.b64 \[(%r\d+)\]", ptx)
+        for i in range(8)
+    }
+    plain = set()
+    pattern = r"(?:ld|st)\.shared(?:\.v(\d))?\.b(\d+)\s[^;]*\[global_smem(?:\+(\d+))?\]"
+    for count, bits, place in re.findall(pattern, ptx):
+        plain |= {int(place or 0) + i for i in range(int(count or 1) * int(bits) // 8)}
+    return {"barriers": barriers, "plain": plain}
+
+
 def compiled() -> None:
     """Compile the Gluon kernels; Triton prints what ptxas says."""
     import triton
@@ -319,6 +340,8 @@ def compiled() -> None:
         kernel = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
         assert kernel.metadata.shared <= 232448  # what a Hopper multiprocessor has
         assert f"wgmma.mma_async.sync.aligned.m64n{constants['C']}k32.f32.e4m3" in kernel.asm["ptx"]
+        shared = shared_memory(kernel.asm["ptx"])
+        assert shared["barriers"] and not shared["barriers"] & shared["plain"], shared
 
     pointers = {
         "o": "*bf16",
