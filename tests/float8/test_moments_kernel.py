@@ -261,5 +261,6 @@ def right_bfloat16() -> None:
 
 if __name__ == "__main__":
     right_bfloat16()
+    moments.wrap_triton = lambda kernel: kernel  # torch 2.11's takes no interpreted kernels
     check("cpu")
     check_cosines("cpu")

@@ -17,8 +17,16 @@ from torch.utils.flop_counter import addmm_flop, flop_registry, sdpa_backward_fl
 from .formats import is_fp8
 
 # Two GEMMs forward and five backward in one operator that the FLOP counter has no formula for.
-_CPU_FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_CPU_FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+_ATTENTION, _ATTENTION_BACKWARD = (
+    {
+        getattr(torch.ops.aten, f"_scaled_dot_product_{kind}{suffix}")
+        for kind, suffix in (
+            *((kind, f"_attention{back}") for kind in ("flash", "efficient", "cudnn")),
+            ("flash", f"_attention_for_cpu{back}"),
+        )
+    }
+    for back in ("", "_backward")
+)
 
 
 @dataclass(frozen=True)
@@ -34,12 +42,18 @@ class Gemm:
     fp8: bool
 
 
+def _with_all_heads(q: torch.Size, k: torch.Size, v: torch.Size) -> tuple[torch.Size, torch.Size, torch.Size]:
+    """As many kv heads as query heads, which is what is computed: torch 2.11's formula knows no groups."""
+    return q, *(torch.Size([shape[0], q[1], *shape[2:]]) for shape in (k, v))  # type: ignore
+
+
 def _flops(func: Any, args: tuple, kwargs: dict, out: Any) -> int | None:
     packet = func._overloadpacket
-    if packet is _CPU_FLASH:
-        return sdpa_flop_count(*(t.shape for t in args[:3]))
-    if packet is _CPU_FLASH_BACKWARD:
-        return sdpa_backward_flop_count(*(t.shape for t in args[:4]))
+    if packet in _ATTENTION:
+        return sdpa_flop_count(*_with_all_heads(*(t.shape for t in args[:3])))
+    if packet in _ATTENTION_BACKWARD:
+        do, *qkv = (t.shape for t in args[:4])
+        return sdpa_backward_flop_count(do, *_with_all_heads(*qkv))
     if packet is torch.ops.aten.addmm:  # the registered formula does not take the overload with an out_dtype
         return addmm_flop(*(t.shape for t in args[:3]))
     formula = flop_registry.get(packet)
