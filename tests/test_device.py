@@ -108,7 +108,7 @@ def test_gloo_safe_reaches_every_fsdp_module(gloo):
 def test_quick_launches_are_settings_that_this_torch_has():
     from torch._inductor import config
 
-    names = ("static_launch_user_defined_triton_kernels", "size_asserts", "alignment_asserts")
+    names = ("size_asserts", "alignment_asserts")
     with config.patch(dict.fromkeys(names)):
         device.launch_quickly()
-        assert [getattr(config, name) for name in names] == [True, False, False]
+        assert [getattr(config, name) for name in names] == [False, False]

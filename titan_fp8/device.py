@@ -41,12 +41,10 @@ def device_kind() -> str:
 def launch_quickly() -> None:
     """Settings of torch.compile for the whole process, before it compiles: less host time around each launch.
 
-    Our Triton kernels are launched as torch.compile's own are, not by Triton's launcher in Python, and what generated code
-    allocates is not checked for the sizes and alignment it was just given. Results are the same.
+    What generated code allocates is not checked for the sizes and alignment it was just given. Results are the same.
     """
     from torch._inductor import config
 
-    config.static_launch_user_defined_triton_kernels = True
     config.size_asserts = config.alignment_asserts = False
 
 

@@ -383,6 +383,9 @@ class Arm:
         int, float
     ]  # seed -> last validation loss, or the mean of the last 50 training rows where there is none
     diverged: dict[int, int]  # seed -> step
+    early: dict[
+        int, int
+    ]  # seed -> step at which a run ended before its time without having diverged; it has no loss
     outcomes: list[dict[str, Any]]
     validated: bool
 
@@ -412,21 +415,24 @@ def read_arm(name: str, runs: list[Run]) -> Arm:
     import numpy as np
     from backtest import divergence  # what a divergence is, is said there
 
-    arm = Arm(name, [run for run in runs if run.arm == name and run.ended()], [], {}, {}, [], True)
+    arm = Arm(name, [run for run in runs if run.arm == name and run.ended()], [], {}, {}, {}, [], True)
     for run in arm.runs:
         rows = rows_of(run)
         train = [row for row in rows if row["kind"] == "train"]
         losses = np.array([math.nan if row.get("loss") is None else row["loss"] for row in train])
         outcome = rows[-1]
         off = divergence(losses) if len(losses) else None
-        if off is not None or outcome["status"] == "stopped":
-            arm.diverged[run.seed] = train[off]["step"] if off is not None else outcome["step"]
+        if off is not None:
+            arm.diverged[run.seed] = train[off]["step"]
+        elif outcome["status"] != "finished":
+            arm.early[run.seed] = outcome["step"]
         held_out = [
             row["loss"] for row in rows if row["kind"] == "validation" and row.get("loss") is not None
         ]
         arm.validated &= bool(held_out)
         last = held_out[-1] if held_out else float(losses[-50:].mean())
-        arm.losses[run.seed] = math.inf if run.seed in arm.diverged else last
+        if run.seed not in arm.early:
+            arm.losses[run.seed] = math.inf if run.seed in arm.diverged else last
         arm.train.append(train)
         arm.outcomes.append(outcome)
     return arm
@@ -444,7 +450,7 @@ def gap(arm: Arm, baseline: Arm) -> tuple[float, float | None] | None:
 
 def table(arms: list[Arm], baseline: Arm) -> Iterator[str]:
     """Lines of Markdown."""
-    yield "| arm | runs | tokens | loss | over the baseline | diverged | tokens/s | GPU hours |"
+    yield "| arm | runs | tokens | loss | over the baseline | before the end | tokens/s | GPU hours |"
     yield "| --- | ---: | ---: | ---: | ---: | --- | ---: | ---: |"
     for arm in arms:
         finite = [loss for loss in arm.losses.values() if math.isfinite(loss)]
@@ -455,7 +461,8 @@ def table(arms: list[Arm], baseline: Arm) -> Iterator[str]:
         over = "-" if found is None or arm is baseline else f"{found[0]:+.2f} %"
         if found and found[1] is not None and arm is not baseline:
             over += f" ± {found[1]:.2f}"
-        diverged = ", ".join(f"seed {seed} at {step}" for seed, step in arm.diverged.items()) or "-"
+        ends = [f"seed {seed} diverged at {step}" for seed, step in arm.diverged.items()]
+        ends += [f"seed {seed} ended at {step}" for seed, step in arm.early.items()]
         speed = f"{statistics.median(arm.speeds):,.0f}" if arm.speeds else "-"
         hours = sum(outcome["seconds"] / outcome["jobs"] for outcome in arm.outcomes) / 3600
         cells = (
@@ -464,7 +471,7 @@ def table(arms: list[Arm], baseline: Arm) -> Iterator[str]:
             f"{arm.tokens / 1e6:.1f} M",
             loss,
             over,
-            diverged,
+            ", ".join(ends) or "-",
             speed,
             f"{hours:.2f}",
         )
@@ -520,7 +527,8 @@ def draw(study: Study, arms: list[Arm], baseline: Arm, out: Path) -> None:
         left.set(title="Training loss, smoothed", xlabel="Tokens (millions)")
         right.set(title=f"Loss over {baseline.name} (%)", xlabel="Tokens (millions)", ylim=(-6, 6))
         right.axhline(0.0, color="#333333", linewidth=0.8)
-        left.legend(fontsize=7, ncols=2)
+        handles, labels = left.get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8)
         for k, site in enumerate(sites if with_sites else ()):
             axis = figure.add_subplot(grid[1 + k // 3, 2 * (k % 3) : 2 * (k % 3) + 2])
             for i, arm in enumerate(arms):
@@ -550,7 +558,8 @@ def report(studies: list[Study], out: Path) -> str:
         "",
         "Loss: the last on held-out text, mean ± standard deviation over seeds (or, where a study has no validation, of the "
         "last 50 logged steps). Over the baseline: mean ± standard error of the same seeds' differences. Diverged: as "
-        "tools/backtest.py defines it. Tokens/s only of runs that had a GPU alone.",
+        "tools/backtest.py defines it; ended: stopped for another reason. Neither counts in a loss. Tokens/s only of runs "
+        "that had a GPU alone.",
     ]
     for study in studies:
         if not any(run.ended() for run in study.runs):

@@ -94,7 +94,7 @@ def test_kept_is_what_was_asked_for():
 
 def test_the_gap_is_of_the_same_seeds():
     def arm(losses):
-        return study.Arm("x", [], [], losses, {}, [], True)
+        return study.Arm("x", [], [], losses, {}, {}, [], True)
 
     mean, error = study.gap(arm({1: 2.02, 2: 3.0}), arm({1: 2.0, 2: 3.0, 3: 9.0}))
     assert mean == pytest.approx(0.5) and error == pytest.approx(0.5)
