@@ -508,7 +508,9 @@ def draw(study: Study, arms: list[Arm], baseline: Arm, out: Path) -> None:
         rows_of_panels = 1 + (math.ceil(len(sites) / 3) if with_sites else 0)
         figure = plt.figure(figsize=(11, 4.2 + 2.1 * (rows_of_panels - 1)), layout="constrained")
         grid = figure.add_gridspec(rows_of_panels, 6, height_ratios=[2.0, *[1.0] * (rows_of_panels - 1)])
-        left, right = figure.add_subplot(grid[0, :3]), figure.add_subplot(grid[0, 3:])
+        timed = all(arm.speeds for arm in arms)
+        width = 2 if timed else 3
+        left, right = figure.add_subplot(grid[0, :width]), figure.add_subplot(grid[0, width : 2 * width])
         for i, arm in enumerate(arms):
             for j, rows in enumerate(arm.train):
                 left.plot(
@@ -527,6 +529,13 @@ def draw(study: Study, arms: list[Arm], baseline: Arm, out: Path) -> None:
         left.set(title="Training loss, smoothed", xlabel="Tokens (millions)")
         right.set(title=f"Loss over {baseline.name} (%)", xlabel="Tokens (millions)", ylim=(-6, 6))
         right.axhline(0.0, color="#333333", linewidth=0.8)
+        if timed:  # every run had its GPU alone
+            axis = figure.add_subplot(grid[0, 4:], sharey=left)
+            for i, arm in enumerate(arms):
+                for rows, speed in zip(arm.train, arm.speeds, strict=True):
+                    x, y = curve(rows)
+                    axis.plot([1e6 * tokens / speed for tokens in x], y, color=colors[i % 20], linewidth=0.9)
+            axis.set(title="Training loss, smoothed", xlabel="GPU seconds")
         handles, labels = left.get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8)
         for k, site in enumerate(sites if with_sites else ()):
