@@ -570,11 +570,13 @@ def report(studies: list[Study], out: Path) -> str:
         "tools/backtest.py defines it; ended: stopped for another reason. Neither counts in a loss. Tokens/s only of runs "
         "that had a GPU alone.",
     ]
+    if not any(run.ended() for study in studies for run in study.runs):
+        path = studies[0].path
+        raise UserError(f"{path} must have an ended run, got none: python tools/study.py run {path}")
     for study in studies:
         if not any(run.ended() for run in study.runs):
-            raise UserError(
-                f"{study.path} must have an ended run, got none: python tools/study.py run {study.path}"
-            )
+            lines += ["", f"## {study.title}", "", "No run has ended yet."]
+            continue
         arms = [arm for name in study.arms if (arm := read_arm(name, study.runs)).runs]
         baseline = next((arm for arm in arms if arm.name == study.baseline), arms[0])
         picture = study.folder / "curves.png"

@@ -122,6 +122,11 @@ def test_runs_stop_go_on_and_are_reported(tiny, tmp_path, capsys):
     text = (tmp_path / "STUDY.md").read_text()
     assert "## A test" in text and "What it asks." in text and "| FOG full | 1 | 0.0 M |" in text
     assert (loaded.folder / "curves.png").stat().st_size > 10_000
+    other = tmp_path / "other.toml"
+    other.write_text(TINY.replace("A test", "Another"))
+    assert study.main(["report", str(tiny), str(other), "--out", str(tmp_path / "STUDY.md")]) == 0
+    assert (tmp_path / "STUDY.md").read_text().endswith("## Another\n\nNo run has ended yet.\n")
+    assert study.main(["report", str(other)]) == 2
     assert study.main(["status", str(tiny)]) == 0
     assert capsys.readouterr().out.count("finished") == 2
 
