@@ -97,13 +97,13 @@ def test_flavors_are_copies():
     fresh = FLAVORS["debug"]
     assert (fresh.n_layers, fresh.vocab_size, fresh.norm_placement) == (4, 0, "post")
     assert FLAVORS["debug"] is not FLAVORS["debug"]
-    assert len(FLAVORS) == len(list(FLAVORS)) == 7
+    assert len(FLAVORS) == len(list(FLAVORS)) == 9
 
 
 def test_refusals(make_args):
     refusal(lambda: FLAVORS["1.5B"], "[model] flavor", "'1.5B'", "'1.5b'")
     refusal(lambda: FLAVORS["lama3_8b"], "did you mean 'llama3_8b'")
-    refusal(lambda: FLAVORS["70"], "debug, 390m, 1.5b, 8b, llama2_7b, llama3_8b")
+    refusal(lambda: FLAVORS["70"], "debug, 3m, 50m, 390m, 1.5b, 8b, llama2_7b, llama3_8b")
     refusal(lambda: shaped("debug", vocab_size=50_257), "vocab_size", "multiple of 16", "50257", "50272")
     refusal(lambda: make_args(shape={"n_heads": 3}), "dim 64", "heads 3")
     refusal(lambda: make_args(shape={"n_kv_heads": 3}), "kv heads 3")
