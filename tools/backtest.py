@@ -340,7 +340,9 @@ def draw(runs: list[Replay], report: dict[str, Any], out: Path) -> None:
         right.set_axisbelow(True)
         right.grid(axis="x", visible=False)
         reference(right, TARGETS["median_lead_percent"], "target for the median")
-        right.set(xticks=[], ylim=(0, None))
+        right.set(
+            xticks=[], xlim=(-0.7, 1.4 * len(bad) + 0.7), ylim=(0, None)
+        )  # the reference's name needs room
 
         upper = figure.add_subplot(grid[1, :])
         lower = figure.add_subplot(grid[2, :], sharex=upper)

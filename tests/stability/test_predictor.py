@@ -137,6 +137,19 @@ def test_growth_is_foretold_and_named_before_the_limit():
     assert 0 < soon < median < late < math.inf
 
 
+def test_activations_that_grow_without_bound_are_a_risk_and_large_ones_are_not():
+    """2^5 doubling every 20 steps from step 60 on meets 2^14 at 240; a plateau at 2^12, as large models have, is health."""
+    rng = np.random.default_rng(int(time.time()))
+    noise = 0.2 * rng.normal(size=(2, 260))
+    bits = {"grows": 5 + np.maximum(np.arange(260) - 60, 0) / 20 + noise[0], "large": 12 + noise[1]}
+    said = {
+        name: feed((t, {"layers.2.ffn_out.amax": float(2**v)}) for t, v in enumerate(y)) for name, y in bits.items()
+    }
+    first = next(p for p in said["grows"] if p.risk >= 0.5)
+    assert 60 < first.step < 240 and first.cause[:5] == ("layers.2.ffn_out.amax", 2, "ffn_out", "amax", "trend")
+    assert max(p.risk for p in said["large"]) < 0.2
+
+
 def test_a_plateau_becomes_health():
     """The kurtosis grows 100 times within 100 steps and stays: risk, then none once the run has known it for long."""
     rng = np.random.default_rng(int(time.time()))
