@@ -143,10 +143,17 @@ def test_activations_that_grow_without_bound_are_a_risk_and_large_ones_are_not()
     noise = 0.2 * rng.normal(size=(2, 260))
     bits = {"grows": 5 + np.maximum(np.arange(260) - 60, 0) / 20 + noise[0], "large": 12 + noise[1]}
     said = {
-        name: feed((t, {"layers.2.ffn_out.amax": float(2**v)}) for t, v in enumerate(y)) for name, y in bits.items()
+        name: feed((t, {"layers.2.ffn_out.amax": float(2**v)}) for t, v in enumerate(y))
+        for name, y in bits.items()
     }
     first = next(p for p in said["grows"] if p.risk >= 0.5)
-    assert 60 < first.step < 240 and first.cause[:5] == ("layers.2.ffn_out.amax", 2, "ffn_out", "amax", "trend")
+    assert 60 < first.step < 240 and first.cause[:5] == (
+        "layers.2.ffn_out.amax",
+        2,
+        "ffn_out",
+        "amax",
+        "trend",
+    )
     assert max(p.risk for p in said["large"]) < 0.2
 
 

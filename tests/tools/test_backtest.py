@@ -1,7 +1,7 @@
 """tools/backtest.py: its definitions on losses made by hand, and the whole on synthetic recordings.
 
-They say that predictor and backtest do what their texts say, on noise thought up by the same people. Recorded runs are judged
-in studies/divergence; four of them are replayed here.
+They say that predictor and backtest do what their texts say, on noise thought up by the same people. Recorded runs are
+judged in studies/divergence; four of them are replayed here.
 """
 
 from __future__ import annotations
