@@ -117,7 +117,7 @@ KINDS: tuple[Kind, ...] = (
     # Bits above the largest amax of the history.
     Kind("jump", ("amax_jump",), log=True, factor=BITS, noise=0.1, shock="value", at=3, width=0.4, shock_ceiling=0.45),
     # Bits. Large healthy models hold single activations of 10^3 to 10^4 (arXiv 2402.17762): 2^14. Calm recordings stay below
-    # 2^7; where attention is normalised, nothing else tells that a residual stream grows. Jumps are bits above the line, and
+    # 2^8; where attention is normalised, nothing else tells that a residual stream grows. Jumps are bits above the line, and
     # must be wider than those of amax_jump, for gradients jump in health.
     Kind(
         "magnitude", ("amax",), log=True, factor=BITS, noise=0.1,
