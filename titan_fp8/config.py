@@ -217,8 +217,8 @@ class Stability:
     attention: Literal["off", "warn", "act"] = "warn"
     """A risk led by attention's logits. act: attention of all layers in 16 bits for answer_steps, at that speed."""
 
-    risk: float = 0.9
-    """The least risk, of 0 to 1, that counts. It is not calibrated: see stability/predictor.py."""
+    risk: float = 0.5
+    """The least risk, of 0 to 1, that counts. 0.5: one witness; 0.9: two (stability/predictor.py)."""
 
     answer_steps: int = 200
     """How long current scaling and attention in 16 bits last; they end at the first logged step after."""

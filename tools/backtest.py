@@ -1,6 +1,7 @@
 """Replay recorded runs through the predictor: was each divergence foretold, how early, and what did it cost in false alarms?
 
-    python tools/backtest.py RUN [MORE...] [--tune] [--out backtest.json] [--picture backtest.png]
+    python tools/backtest.py RUN [MORE...] [--tune] [--half first|second] [--healthy 'calm-*']
+                             [--out backtest.json] [--picture backtest.png]
 
 RUN is a run folder, or a recording *.jsonl or *.jsonl.gz as titan_fp8.stability.journal writes it.
 
@@ -13,14 +14,19 @@ Divergence, from the loss alone and knowing the whole run (the predictor knows n
 Alarm: risk >= threshold for 3 rows in a row, or >= 0.95 in one (a value that was not finite).
     An alarm counts as the warning of a divergence if it is on in at least half of the rows from there to the divergence;
     its lead is the steps between. Alarms before that, and all in runs that did not diverge, are false.
+Healthy: a run that did not diverge and whose name matches --healthy (default: any). One that did not diverge and does not
+    match (an experiment that was meant to break) is undecided: listed, and neither a divergence nor healthy. The summary's
+    "strict" figure takes all that did not diverge for healthy.
 ROC: for each threshold, the share of divergences warned of (a lead of 0 counts; it is listed apart), and the share of
     healthy runs with a false alarm.
---tune: the threshold is chosen on the runs whose name has an even SHA-256, the report is about the others.
+Halves: the first is the runs whose name has an even SHA-256. --tune: the threshold is chosen on it, the report is about the
+    second. --half: the report is about that half, at --threshold.
 """
 
 from __future__ import annotations
 
 import argparse
+import fnmatch
 import gzip
 import hashlib
 import json
@@ -54,13 +60,17 @@ Mask = NDArray[np.bool_]
 
 @dataclass
 class Replay:
-    """One recording with what the predictor said of each row. Arrays [rows]; `off` is the row of the divergence."""
+    """One recording with what the predictor said of each row. Arrays [rows]; `off` is the row of the divergence.
+
+    Neither diverged nor `healthy`: undecided.
+    """
 
     name: str
     steps: NDArray[np.int64]
     losses: Floats
     predictions: list[Prediction]
     off: int | None
+    healthy: bool
 
     @property
     def risks(self) -> Floats:
@@ -85,6 +95,7 @@ class Verdict:
     false_alarms_per_1000_steps: float
     max_risk: float
     """Up to the divergence."""
+    healthy: bool
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -145,8 +156,8 @@ def divergence(losses: Floats) -> int | None:
     return None
 
 
-def replay(name: str, rows: list[dict[str, Any]]) -> Replay:
-    """Stream a recording through a fresh predictor."""
+def replay(name: str, rows: list[dict[str, Any]], healthy: str = "*") -> Replay:
+    """Stream a recording through a fresh predictor. `healthy`: names of runs that are, unless they diverge."""
     predictor, predictions = Predictor(), []
     steps, losses, told = [], [], []
     for row in rows:
@@ -158,7 +169,8 @@ def replay(name: str, rows: list[dict[str, Any]]) -> Replay:
     where = np.flatnonzero(told)
     off = divergence(np.array(losses)[where]) if len(where) else None
     off = None if off is None else int(where[off])
-    return Replay(name, np.array(steps), np.array(losses), predictions, off)
+    matches = fnmatch.fnmatchcase(name, healthy)
+    return Replay(name, np.array(steps), np.array(losses), predictions, off, off is None and matches)
 
 
 def alarms(risks: Floats, threshold: float, rows: int) -> Mask:
@@ -193,14 +205,16 @@ def judge(run: Replay, threshold: float, rows: int) -> Verdict:
             steps = said.steps_to_saturation
     return Verdict(
         run.name, len(run.steps), int(run.steps[last - 1] - run.steps[0]) + 1, diverged_at, alarm_at, lead, percent,
-        cause, steps, false, 1000 * false / healthy_steps, float(run.risks[:last].max()),
+        cause, steps, false, 1000 * false / healthy_steps, float(run.risks[:last].max()), run.healthy,
     )  # fmt: skip
 
 
 def summarise(verdicts: list[Verdict]) -> dict[str, Any]:
     """The figures of issue 5 over some runs. A divergence without warning has a lead of 0. None: no such run."""
     bad = [v for v in verdicts if v.diverged_at is not None]
-    healthy = [v for v in verdicts if v.diverged_at is None]
+    undecided = [v for v in verdicts if v.diverged_at is None and not v.healthy]
+    healthy = [v for v in verdicts if v.healthy]
+    calm = healthy + undecided
     steps, false = sum(v.steps for v in healthy), sum(v.false_alarms for v in healthy)
     return {
         "divergences": len(bad),
@@ -211,8 +225,13 @@ def summarise(verdicts: list[Verdict]) -> dict[str, Any]:
         "healthy_runs": len(healthy),
         "healthy_runs_with_false_alarm": sum(v.false_alarms > 0 for v in healthy),
         "false_alarms_per_healthy_run": false / len(healthy) if healthy else None,
+        "false_alarms_per_healthy_run_strict": sum(v.false_alarms for v in calm) / len(calm)
+        if calm
+        else None,
         "false_alarms_per_1000_healthy_steps": 1000 * false / steps if steps else None,
         "false_alarms_before_divergences": sum(v.false_alarms for v in bad),
+        "undecided_runs": len(undecided),
+        "undecided_runs_alarmed": sum(v.false_alarms > 0 for v in undecided),
     }
 
 
@@ -222,7 +241,7 @@ def roc(runs: list[Replay], rows: int) -> list[dict[str, float]]:
     for threshold in THRESHOLDS.tolist():
         verdicts = [judge(run, threshold, rows) for run in runs]
         warned = [v.alarm_at is not None for v in verdicts if v.diverged_at is not None]
-        false = [v.false_alarms > 0 for v in verdicts if v.diverged_at is None]
+        false = [v.false_alarms > 0 for v in verdicts if v.healthy]
         points.append(
             {
                 "threshold": threshold,
@@ -261,13 +280,15 @@ def tune(runs: list[Replay], rows: int) -> float:
 
 
 def table(verdicts: list[Verdict]) -> str:
-    """Plain text, a line per run; divergences first."""
+    """Plain text, a line per run: divergences, then healthy runs, then undecided ones ("?")."""
     lines = [
         f"{'run':<32} {'steps':>7} {'diverged':>8} {'alarm':>7} {'lead':>6} {'lead %':>6} {'false':>5} {'risk':>5}  cause"
     ]
-    for v in sorted(verdicts, key=lambda v: (v.diverged_at is None, v.name)):
+    for v in sorted(verdicts, key=lambda v: (v.diverged_at is None, not v.healthy, v.name)):
         percent = "-" if v.lead_percent is None else f"{v.lead_percent:.1f}"
         cells = ["-" if x is None else str(x) for x in (v.diverged_at, v.alarm_at, v.lead_steps)]
+        if v.diverged_at is None and not v.healthy:
+            cells[0] = "?"
         lines.append(
             f"{v.name:<32} {v.steps:>7} {cells[0]:>8} {cells[1]:>7} {cells[2]:>6} {percent:>6} "
             f"{v.false_alarms:>5} {v.max_risk:>5.2f}  {v.cause or ''}".rstrip()
@@ -319,7 +340,9 @@ def draw(runs: list[Replay], report: dict[str, Any], out: Path) -> None:
         right.set_axisbelow(True)
         right.grid(axis="x", visible=False)
         reference(right, TARGETS["median_lead_percent"], "target for the median")
-        right.set(xticks=[], ylim=(0, None))
+        right.set(
+            xticks=[], xlim=(-0.7, 1.4 * len(bad) + 0.7), ylim=(0, None)
+        )  # the reference's name needs room
 
         upper = figure.add_subplot(grid[1, :])
         lower = figure.add_subplot(grid[2, :], sharex=upper)
@@ -372,6 +395,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--tune", action="store_true", help="choose the threshold on one half, report on the other"
     )
+    parser.add_argument("--half", choices=("first", "second"), help="report on that half only")
+    parser.add_argument(
+        "--healthy", default="*", metavar="GLOB", help="names of runs that are healthy unless they diverge"
+    )
     parser.add_argument("--out", type=Path, help="JSON to write")
     parser.add_argument("--picture", type=Path, help="picture to write (png, svg, pdf)")
     options = parser.parse_args(arguments)
@@ -384,7 +411,16 @@ def main(arguments: list[str] | None = None) -> int:
             raise UserError(f"--rows must be at least 1, got {options.rows}: 3 is the default")
         names = [_name(path) for path in options.runs]
         names = names if len(set(names)) == len(names) else [str(path) for path in options.runs]
-        runs = [replay(name, read(path)) for name, path in zip(names, options.runs, strict=True)]
+        if options.tune and options.half:
+            raise UserError("--half cannot go with --tune, which reports on the second half: leave out one")
+        pairs = [
+            (name, path)
+            for name, path in zip(names, options.runs, strict=True)
+            if options.half is None or first_half(name) == (options.half == "first")
+        ]
+        if not pairs:
+            raise UserError(f"--half {options.half} needs runs in that half, got none there: add runs")
+        runs = [replay(name, read(path), options.healthy) for name, path in pairs]
         threshold, tuned_on = options.threshold, []
         if options.tune:
             tuned_on = [run for run in runs if first_half(run.name)]
@@ -398,6 +434,8 @@ def main(arguments: list[str] | None = None) -> int:
             "threshold": threshold,
             "rows": options.rows,
             "tuned_on": [run.name for run in tuned_on],
+            "half": "second" if options.tune else options.half,
+            "healthy": options.healthy,
             "summary": summarise(verdicts),
             "targets": TARGETS,
             "roc_area": area(points),

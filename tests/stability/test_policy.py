@@ -94,7 +94,7 @@ def test_risk_below_the_threshold_and_cooldown():
     policy = make()
     at = Facts(2.0, saturation=SLOTS)
     series = "layers.1.attention.wqkv.x.headroom"
-    assert policy.decide(10, predicted(series, risk=0.89), at) == []
+    assert policy.decide(10, predicted(series, risk=0.49), at) == []
     assert len(policy.decide(20, predicted(series), at)) == 2
     assert policy.decide(30, predicted(series), at) == []  # cool-down
     assert kinds(policy.decide(40, predicted(series), at)) == [("delayed_scaling", "fp8_range")]

@@ -127,16 +127,34 @@ def test_the_interval_covers_what_comes():
 
 def test_growth_is_foretold_and_named_before_the_limit():
     rng = np.random.default_rng(int(time.time()))
-    predictions = feed(
-        growth(rng, 420, begin=200, rate=0.012)
-    )  # from 15: by 8 at step 373, to 100 at step 358
+    predictions = feed(growth(rng, 420, begin=200, rate=0.02))  # 20 times the mean before: step 400
     calm = max(p.risk for p in predictions[:200])
     first = next(p for p in predictions if p.risk >= 0.5)
     assert calm < 0.3
-    assert 200 < first.step < 358
+    assert 200 < first.step < 400
     assert first.cause[:5] == ("layers.3.ffn_act.kurtosis", 3, "ffn_act", "kurtosis", "trend")
     soon, median, late = first.steps_to_saturation
     assert 0 < soon < median < late < math.inf
+
+
+def test_activations_that_grow_without_bound_are_a_risk_and_large_ones_are_not():
+    """2^5 doubling every 20 steps from step 60 on meets 2^14 at 240; a plateau at 2^12, as large models have, is health."""
+    rng = np.random.default_rng(int(time.time()))
+    noise = 0.2 * rng.normal(size=(2, 260))
+    bits = {"grows": 5 + np.maximum(np.arange(260) - 60, 0) / 20 + noise[0], "large": 12 + noise[1]}
+    said = {
+        name: feed((t, {"layers.2.ffn_out.amax": float(2**v)}) for t, v in enumerate(y))
+        for name, y in bits.items()
+    }
+    first = next(p for p in said["grows"] if p.risk >= 0.5)
+    assert 60 < first.step < 240 and first.cause[:5] == (
+        "layers.2.ffn_out.amax",
+        2,
+        "ffn_out",
+        "amax",
+        "trend",
+    )
+    assert max(p.risk for p in said["large"]) < 0.2
 
 
 def test_a_plateau_becomes_health():
@@ -154,7 +172,7 @@ def test_a_plateau_becomes_health():
 )
 def test_a_non_finite_value_is_an_event_and_blinds_nothing(series, value):
     rng = np.random.default_rng(int(time.time()))
-    rows = growth(rng, 420, begin=200, rate=0.012)
+    rows = growth(rng, 420, begin=200, rate=0.02)
     without = [(s, {k: v for k, v in row.items() if not (s == 100 and k == series)}) for s, row in rows]
     hit = [(s, {**row, series: value} if s == 100 else row) for s, row in rows]
     plain, poisoned = feed(without), feed(hit)
@@ -177,7 +195,7 @@ def test_counts_of_bad_steps_and_a_backing_off_loss_scale():
 def test_it_goes_on_from_its_state_exactly():
     """Through JSON, in the middle of growth, with series that stop and start around it."""
     rng = np.random.default_rng(int(time.time()))
-    rows = growth(rng, 400, begin=200, rate=0.012)
+    rows = growth(rng, 400, begin=200, rate=0.02)
     rows = [
         (s, {k: v for k, v in row.items() if rng.random() > 0.3} | ({"b.headroom": 1.0} if s > 150 else {}))
         for s, row in rows
@@ -207,7 +225,7 @@ def test_state_of_another_version_is_refused():
 def test_order_of_keys_and_rows_in_pieces_change_nothing():
     """In place for whole rows, by index for others: the same numbers, to rounding."""
     rng = np.random.default_rng(int(time.time()))
-    rows = growth(rng, 300, begin=150, rate=0.012)
+    rows = growth(rng, 300, begin=150, rate=0.02)
     order = [(s, dict(reversed(row.items())) if s % 2 else row) for s, row in rows]
     for a, b in zip(feed(rows), feed(order), strict=True):
         assert b.risk == pytest.approx(a.risk, rel=1e-9, abs=1e-12)
@@ -216,7 +234,7 @@ def test_order_of_keys_and_rows_in_pieces_change_nothing():
 def test_sparse_rows_tell_the_same_story():
     """A row every 10 steps is a run on a 10 times slower clock: same risks, 10 times the steps."""
     rng = np.random.default_rng(int(time.time()))
-    rows = growth(rng, 330, begin=200, rate=0.012)
+    rows = growth(rng, 330, begin=200, rate=0.02)
     dense, sparse = feed(rows), feed((10 * s, row) for s, row in rows)
     for a, b in zip(dense, sparse, strict=True):
         assert b.risk == pytest.approx(a.risk, rel=1e-6, abs=1e-9)
@@ -226,7 +244,7 @@ def test_sparse_rows_tell_the_same_story():
 def test_one_outlier_is_no_risk_and_blinds_nothing():
     """It counts for 3 s at most, a tenth of the noise that 32 rows make: 1 to 4 rows later (8 seeds); unclipped 13 to 16."""
     rng = np.random.default_rng(int(time.time()))
-    rows = growth(rng, 420, begin=200, rate=0.012)
+    rows = growth(rng, 420, begin=200, rate=0.02)
     hit = [(s, dict(row)) for s, row in rows]
     hit[225][1]["layers.3.ffn_act.kurtosis"] *= 1e6
     plain, outlier = feed(rows), feed(hit)
@@ -249,7 +267,7 @@ def test_a_rollback_and_a_long_gap():
 
 def test_a_series_that_stops_loses_its_say():
     rng = np.random.default_rng(int(time.time()))
-    rows = growth(rng, 360, begin=200, rate=0.012)
+    rows = growth(rng, 360, begin=200, rate=0.02)
     rows += [(s + 360, {"loss": 3.0, "grad_norm": 1.0}) for s in range(1, 60)]
     predictions = feed(rows)
     assert predictions[359].risk > 0.5 and predictions[-1].risk < 0.1

@@ -1,7 +1,7 @@
 """tools/backtest.py: its definitions on losses made by hand, and the whole on synthetic recordings.
 
-They say that predictor and backtest do what their texts say, on noise thought up by the same people. They do not prove that
-real divergences are foretold: that takes recorded runs (issue 5, deliverable 3).
+They say that predictor and backtest do what their texts say, on noise thought up by the same people. Recorded runs are
+judged in studies/divergence; four of them are replayed here.
 """
 
 from __future__ import annotations
@@ -199,14 +199,14 @@ def test_a_slow_divergence_is_dated_where_it_leaves_the_noise(backtest):
     assert 258 <= backtest.divergence(losses) <= 276
 
 
-def made(backtest, risks, off=None):
+def made(backtest, risks, off=None, healthy=True):
     """A replay whose risks are given; its losses do not matter any more."""
     cause = Cause("layers.1.a.kurtosis", 1, "a", "kurtosis", "trend", 0.7)
     predictions = [
         Prediction(10 * i + 10, r, cause, (5.0, 9.0, math.inf), "", {}) for i, r in enumerate(risks)
     ]
     steps = np.array([p.step for p in predictions])
-    return backtest.Replay("made", steps, np.ones(len(steps)), predictions, off)
+    return backtest.Replay("made", steps, np.ones(len(steps)), predictions, off, off is None and healthy)
 
 
 def test_the_worth_of_alarms(backtest):
@@ -242,6 +242,27 @@ def test_roc_and_its_area(backtest):
     refusal(lambda: backtest.tune(runs[:2], 3), "--tune needs", "made, made", "--threshold")
 
 
+def test_an_undecided_run_is_neither_healthy_nor_a_divergence(backtest):
+    """Its alarm is in the strict figure alone, and moves no ROC."""
+    runs = [
+        made(backtest, [0.9] * 20, 19),
+        made(backtest, [0.1] * 20),
+        made(backtest, [0.9] * 20, healthy=False),
+    ]
+    verdicts = [backtest.judge(run, 0.5, 3) for run in runs]
+    found = backtest.summarise(verdicts)
+    assert (found["divergences"], found["healthy_runs"], found["undecided_runs"]) == (1, 1, 1)
+    assert found["false_alarms_per_healthy_run"] == 0 and found["undecided_runs_alarmed"] == 1
+    assert found["false_alarms_per_healthy_run_strict"] == 0.5
+    assert backtest.area(backtest.roc(runs, 3)) == 1
+    assert [line.split()[2] for line in backtest.table(verdicts).splitlines()[1:]] == ["200", "-", "?"]
+    rows = [{"step": i, "loss": 3.0} for i in range(30)]
+    assert (
+        backtest.replay("calm-1", rows, "calm-*").healthy
+        and not backtest.replay("ramp-1", rows, "calm-*").healthy
+    )
+
+
 def write(path, rows):
     data = "".join(json.dumps(row) + "\n" for row in rows).encode()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -272,6 +293,8 @@ def test_recordings_plain_packed_and_torn(backtest, tmp_path):
         (["{run}", "--threshold", "2"], "--threshold must be above 0 and at most 1, got 2"),
         (["{run}", "--rows", "0"], "--rows must be at least 1, got 0"),
         (["{run}", "--tune"], "--tune needs a divergence and a healthy run"),
+        (["{run}", "--tune", "--half", "first"], "--half cannot go with --tune"),
+        (["{run}", "--half", "second"], "--half second needs runs in that half, got none"),
         (["{run}", "--out", "{run}/no/where.json"], "--out must be writable"),
         (["{run}", "--picture", "run.bmp3"], "--out must end in .png"),
     ],
@@ -331,3 +354,24 @@ def test_from_files_to_table_json_and_picture(backtest, recordings, tmp_path, ca
     report = json.loads(out.read_text())
     assert report["tuned_on"] == [name for name in names if halves[name]]
     assert [run["name"] for run in report["runs"]] == [name for name in names if not halves[name]]
+
+
+@pytest.mark.parametrize(
+    ("name", "diverges", "cause"),
+    [
+        ("ramp-fog-max-fp8-1", True, "amax"),
+        ("ramp-fog-flash-fp8-no-regularisation-1", True, "logit_max"),
+        ("calm-llama-smooth-3", False, None),
+        ("calm-fog-opt-fp8-1", False, None),
+    ],
+)
+def test_recorded_runs_keep_their_verdict(backtest, name, diverges, cause):
+    """All of the half that parameters were chosen on; the calm ones are those whose kurtosis grows most."""
+    assert backtest.first_half(name)
+    rows = backtest.read(TOOLS.parent / "studies" / "divergence" / "results" / f"{name}.jsonl.gz")
+    verdict = backtest.judge(backtest.replay(name, rows), 0.5, 3)
+    assert verdict.false_alarms == 0 and (verdict.diverged_at is not None) == diverges
+    if diverges:
+        assert verdict.lead_percent > 10 and f".{cause} (trend)" in verdict.cause
+    else:
+        assert verdict.max_risk < 0.5
