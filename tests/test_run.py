@@ -204,7 +204,8 @@ def test_an_error_is_one_line_and_the_last(tmp_path, flags, expected):
 
 def readme_commands() -> list[str]:
     blocks = re.findall(r"^```bash\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
-    lines = [line.split("  #")[0].strip() for block in blocks for line in block.splitlines()]
+    joined = [re.sub(r"\\\n\s+", "", block) for block in blocks]
+    lines = [line.split("  #")[0].strip() for block in joined for line in block.splitlines()]
     return [line for line in lines if line]
 
 
@@ -221,6 +222,13 @@ ADDED = {
     "python tools/plan.py train_configs/fog_8b.toml --gpus 256 --tp 2": "",
     "NNODES=2 RDZV_ENDPOINT=node0:29500 MAX_RESTARTS=3 bash run_train.sh": None,  # test_launch.py, two at once
     "python tools/export_hf.py --config train_configs/debug.toml --checkpoint outputs/debug/checkpoint/step-200 --out exported": "",  # noqa: E501
+    "python tools/downstream/build_tasks.py --path english.val.jsonl.xz --out tasks/english": None,  # test_build_tasks.py,
+    "lm_eval --model hf --model_args pretrained=exported,trust_remote_code=True,add_bos_token=False,"
+    "softmax_dtype=float32 --include_path tasks --tasks english_cloze,english_bits_per_byte": None,  # where lm-eval is
+    "lm_eval --model hf --model_args pretrained=exported,trust_remote_code=True --include_path tools/downstream "
+    "--tasks fog_paper": None,  # needs the hub
+    "python tools/study.py run studies/quality_50m.toml": None,  # GPU hours; tests/tools/test_study.py runs a small one
+    "python tools/study.py report studies/*.toml --out STUDY.md": None,  # writes into the checkout; the same
     "docker compose -f tools/monitoring/compose.yaml up -d": None,  # its files are held by tests/monitoring
     "python tools/monitoring/replay.py outputs/debug": None,  # goes on until Ctrl-C: tests/monitoring/test_replay.py
 }
