@@ -11,7 +11,7 @@ A study is a TOML file; flags are those of run_train.sh, as "section.key" or as 
     config = "train_configs/debug.toml"   all runs start from it; relative to the repository
     baseline = "llama bf16"               the arm that others are compared with
     seeds = [1, 2, 3]                     of each arm
-    keep = ["loss", "statistics.amax"]    what of a logged step stays in results/; left out: all. A statistic: of every site
+    keep = ["lr", "statistics.amax"]      what of a logged step stays in results/ beside tokens and loss; left out: all
 
     [flags]                               of all runs
     "training.steps" = 1000
@@ -316,8 +316,8 @@ def rows_of(run: Run) -> list[dict[str, Any]]:
 
 
 def kept(row: dict[str, Any], keep: tuple[str, ...]) -> dict[str, Any]:
-    """What `keep` says of a logged step, floats with 5 digits."""
-    found = {key: row[key] for key in ("kind", "step", "nonfinite", *keep) if key in row}
+    """What `keep` says of a logged step, tokens and loss anyway; floats with 5 digits."""
+    found = {key: row[key] for key in ("kind", "step", "tokens", "loss", "nonfinite", *keep) if key in row}
     wanted = {key.partition(".")[2] for key in keep if key.startswith("statistics.")}
     if wanted:
         sites = (row.get("statistics") or {}).items()
@@ -379,13 +379,12 @@ class Arm:
     name: str
     runs: list[Run]
     train: list[list[dict[str, Any]]]
-    losses: dict[
-        int, float
-    ]  # seed -> last validation loss, or the mean of the last 50 training rows where there is none
-    diverged: dict[int, int]  # seed -> step
-    early: dict[
-        int, int
-    ]  # seed -> step at which a run ended before its time without having diverged; it has no loss
+    losses: dict[int, float]
+    """seed -> last validation loss, or the mean of the last 50 training rows where there is none."""
+    diverged: dict[int, int]
+    """seed -> step."""
+    early: dict[int, int]
+    """seed -> step at which a run ended before its time without having diverged; it has no loss."""
     outcomes: list[dict[str, Any]]
     validated: bool
 
