@@ -6,12 +6,19 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from torch.torch_version import TorchVersion
 
 from titan_fp8.errors import UserError
 
 DEBUG = Path(__file__).parents[1] / "train_configs" / "debug.toml"
 SIZES = ("--architecture.n_layers=2", "--training.seq_len=64", "--validation.enable=false")
 """What makes the debug model one of a few milliseconds."""
+
+needs_scaled_mm = pytest.mark.skipif(
+    TorchVersion(torch.__version__) < (2, 12),
+    reason="torch 2.11 has no fast _scaled_mm on CPU: titan_fp8::bmm runs",
+)
 
 
 def refusal(call: Callable[[], object], *words: str) -> str:

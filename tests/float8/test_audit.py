@@ -11,16 +11,12 @@ from types import ModuleType
 
 import pytest
 import torch
-from torch.torch_version import TorchVersion
+from helpers import needs_scaled_mm
 
 from titan_fp8.config import Fp8
 from titan_fp8.float8.audit import audit_step, summarize
 from titan_fp8.float8.convert import convert
 
-needs_scaled_mm = pytest.mark.skipif(
-    TorchVersion(torch.__version__) < (2, 12),
-    reason="torch 2.11 has no fast _scaled_mm on CPU: titan_fp8::bmm runs",
-)
 ROOT = Path(__file__).resolve().parents[2]
 
 # One layer of `tiny_decoder` on 2 sequences of 32 tokens, in FLOPs (2 per multiply-add).

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import needs_scaled_mm
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -97,6 +98,7 @@ def plain(build, tokens):
     return seen
 
 
+@needs_scaled_mm
 @pytest.mark.parametrize(
     ("mode", "option", "recomputed_layers", "fp8_gemms_per_linear"),
     # Full recomputation repeats the forward GEMM; "op" keeps its result; "2" checkpoints every second layer.
