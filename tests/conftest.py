@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 # Tests are small: threads that wait for each other cost more than they save. Read when torch is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -44,3 +45,13 @@ def gloo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         dist.init_process_group("gloo", store=store, rank=0, world_size=1)
         yield
         dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of 40 short documents that a model of two layers learns in a few dozen steps."""
+    folder = tmp_path_factory.mktemp("text")
+    for i in range(40):
+        words = " ".join(f"the {(i * 7 + j) % 23} quick brown foxes number {j % 11} jump" for j in range(150))
+        (folder / f"{i:02}.txt").write_text(words)
+    return folder

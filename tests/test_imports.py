@@ -32,7 +32,8 @@ OURS = {
     "config": [],
     "device": [],
     "checkpoint_folder": [],
-    "checkpoint": ["checkpoint_folder"],
+    "files": [],
+    "checkpoint": ["checkpoint_folder", "files"],
     "tensor_parallel": [],  # neutral ground: what ranks send each other, in the decoder and in FP8 layers
     "probe": [
         "float8.kernels.moments"

@@ -31,15 +31,6 @@ NO_CLIPPING = ["--training.max_norm=inf"]  # what an outlier does to Adam's mome
 Poison = Callable[[Trainer], None]
 
 
-@pytest.fixture(scope="module")
-def text(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("text")
-    for i in range(40):
-        words = " ".join(f"the {(i * 7 + j) % 23} quick brown foxes number {j % 11} jump" for j in range(150))
-        (folder / f"{i:02}.txt").write_text(words)
-    return folder
-
-
 def flags(folder: Path, text: Path, *more: str) -> list[str]:
     base = {
         "job.config_file": ROOT / "train_configs" / "debug.toml", "job.dump_folder": folder, "architecture.n_layers": 2,

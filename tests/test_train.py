@@ -19,15 +19,6 @@ pytestmark = pytest.mark.usefixtures("gloo")
 CONFIG = Path(__file__).parent.parent / "train_configs" / "debug.toml"
 
 
-@pytest.fixture(scope="module")
-def text(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("text")
-    for i in range(40):
-        words = " ".join(f"the {(i * 7 + j) % 23} quick brown foxes number {j % 11} jump" for j in range(150))
-        (folder / f"{i:02}.txt").write_text(words)
-    return folder
-
-
 @pytest.fixture
 def make(tmp_path, text):
     """Trainer factory: a two-layer FOG in full FP8 on tiny batches; extra flags win."""

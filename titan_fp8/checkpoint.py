@@ -34,6 +34,7 @@ from torchtitan.components.checkpoint import DATALOADER, MODEL, AsyncMode, Check
 from torchtitan.tools.logging import logger
 
 from titan_fp8 import checkpoint_folder as folders
+from titan_fp8 import files
 from titan_fp8.errors import UserError
 
 FP8_STATE = "float8_state."
@@ -149,7 +150,7 @@ class SafeCheckpointManager(CheckpointManager):
             if async_mode == AsyncMode.DISABLED:
                 # torch syncs the files of its own format, but not the ones it consolidates for Hugging Face
                 if to_hf:
-                    self._together(lambda: folders.sync_files(partial), doing=f"save step-{step}")
+                    self._together(lambda: files.sync_files(partial), doing=f"save step-{step}")
                 self._together(lambda: self._publish(step), only_rank0=True, doing=f"save step-{step}")
         except (CheckpointException, Exception) as error:
             # Not together: a CheckpointException is on every rank already, and after another error the other
@@ -219,7 +220,7 @@ class SafeCheckpointManager(CheckpointManager):
         partial, final, replaced = (
             self._path(kind, step) for kind in (folders.PARTIAL, folders.STEP, folders.REPLACED)
         )
-        folders.sync(partial)
+        files.sync(partial)
         if final.exists():
             shutil.rmtree(replaced, ignore_errors=True)
             final.rename(replaced)  # killed here: the next start puts it back
@@ -230,7 +231,7 @@ class SafeCheckpointManager(CheckpointManager):
                 raise
         else:
             partial.rename(final)
-        folders.sync(final.parent)
+        files.sync(final.parent)
         shutil.rmtree(replaced, ignore_errors=True)
         logger.info("Checkpoint %s is complete.", final)
         self._purge()

@@ -93,23 +93,6 @@ def make_empty(folder: Path) -> None:
     folder.mkdir(parents=True)
 
 
-def sync(path: Path) -> None:
-    """Flush a file, or the names in a folder, to the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def sync_files(folder: Path) -> None:
-    """`sync` for everything below `folder`."""
-    for parent, _, names in os.walk(folder):
-        for name in names:
-            sync(Path(parent, name))
-        sync(Path(parent))
-
-
 def free_space(folder: Path) -> str:
     """Room on the disk under `folder`, in words for a message; empty if that cannot be told."""
     try:

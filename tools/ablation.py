@@ -49,11 +49,12 @@ import torch
 import train_parts  # pyrefly: ignore
 from bench_optimizer import state_bytes  # pyrefly: ignore
 from torch import Tensor, nn
-from train_parts import ADAMW, Shape, Text, Trained, device_name, save  # pyrefly: ignore
+from train_parts import ADAMW, Shape, Text, Trained, device_name  # pyrefly: ignore
 
 from titan_fp8.config import Data, Fp8
 from titan_fp8.data.sources import open_source
 from titan_fp8.errors import UserError
+from titan_fp8.files import save
 from titan_fp8.float8.convert import convert, scaling_state
 from titan_fp8.float8.formats import E4M3, E5M2, FP8_MAX, saturating_cast, scale_from_amax
 from titan_fp8.float8.kernels.adam import SMALLEST
@@ -508,11 +509,9 @@ def curves(result: dict[str, Any], model: str) -> dict[str, list[float]]:
 
 def draw(result: dict[str, Any], out: Path) -> None:
     """The picture, as PNG. For each model: training losses relative to the base line, and the gaps in held-out loss."""
-    import matplotlib
+    from plot_parts import COLORS, GREY, STYLE, pyplot
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-    from plot_parts import COLORS, GREY, STYLE
+    plt = pyplot()
 
     summary = summarize(result)
     dashes = ("-", (0, (5, 2)), (0, (1, 1.5)))

@@ -31,7 +31,6 @@ import gzip
 import hashlib
 import json
 import math
-import os
 import statistics
 import sys
 from dataclasses import asdict, dataclass
@@ -44,6 +43,7 @@ from numpy.typing import NDArray
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a checkout, installed or not
 
 from titan_fp8.errors import UserError
+from titan_fp8.files import save
 from titan_fp8.stability.predictor import Prediction, Predictor, series_of
 
 WINDOW = 11  # rows of the median; odd
@@ -298,12 +298,10 @@ def table(verdicts: list[Verdict]) -> str:
 
 def draw(runs: list[Replay], report: dict[str, Any], out: Path) -> None:
     """ROC, the leads, and the divergence with the median lead. Raises UserError if `out` cannot be written."""
-    import matplotlib
+    from plot_parts import COLORS, STYLE, pyplot, reference, save_figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    plt = pyplot()
     from matplotlib.ticker import MaxNLocator
-    from plot_parts import COLORS, STYLE, reference, save
 
     blue, orange, green = COLORS[:3]
     bad = sorted(
@@ -367,7 +365,7 @@ def draw(runs: list[Replay], report: dict[str, Any], out: Path) -> None:
                             text, (step, 1), xycoords=axis.get_xaxis_transform(), xytext=(-4, -9),
                             textcoords="offset points", color=color, fontsize=8, ha="right",
                         )  # fmt: skip
-        save(figure, out)
+        save_figure(figure, out)
         plt.close(figure)
 
 
@@ -449,23 +447,14 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"{key}: {'-' if value is None else format(value, '.4g')}{target}")
         if options.out:
             try:
-                temporary = options.out.with_name(options.out.name + ".tmp")
-                temporary.write_text(json.dumps(_finite(report), indent=1, allow_nan=False) + "\n")
-                os.replace(temporary, options.out)
+                text = json.dumps(_finite(report), indent=1, allow_nan=False) + "\n"
+                save(options.out, lambda path: path.write_text(text))
             except OSError as error:
                 raise UserError(
                     f"--out must be writable, got {options.out} ({error.strerror}): choose another place"
                 ) from error
         if options.picture:
             draw(runs, report, options.picture)
-    except ModuleNotFoundError as error:
-        if error.name != "matplotlib":
-            raise
-        print(
-            "error: drawing needs matplotlib, which is not installed: pip install 'titan-fp8[plot]'",
-            file=sys.stderr,
-        )
-        return 2
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -7,6 +7,7 @@ from statistics import mean
 from typing import Any
 
 from titan_fp8.errors import UserError
+from titan_fp8.files import save
 
 # Okabe and Ito's colours, told apart with any colour vision; a kind of kernel keeps its colour.
 KINDS = {
@@ -114,9 +115,7 @@ def draw(result: dict[str, Any], out: Path) -> None:
             f"{result['model']}, {result['layers']} layers, {result['batch']} x {result['seq_len']} tokens, {result['gpu']}",
             x=0.01, ha="left", fontweight="bold",
         )  # fmt: skip
-        temporary = out.with_name(out.name + ".partial")
-        figure.savefig(temporary, dpi=150, format="png")
-        temporary.rename(out)
+        save(out, lambda path: figure.savefig(path, dpi=150, format="png"))
         plt.close(figure)
 
 

@@ -39,6 +39,7 @@ import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
 
+from titan_fp8 import files  # noqa: E402
 from titan_fp8.config import Architecture, Fp8  # noqa: E402
 from titan_fp8.device import launch_quickly  # noqa: E402
 from titan_fp8.errors import UserError  # noqa: E402
@@ -517,9 +518,7 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
 
 def save(result: dict[str, Any], out: Path) -> None:
     """JSON at `out`; the picture beside it if the result has one."""
-    partial = out.with_name(out.name + ".partial")
-    partial.write_text(json.dumps(result, indent=1) + "\n")
-    partial.rename(out)
+    files.save(out, lambda path: path.write_text(json.dumps(result, indent=1) + "\n"))
     if "rows" in result:
         bench_report.draw(result, out.with_suffix(".png"))
 

@@ -46,6 +46,7 @@ from torchtitan.tools.logging import logger  # noqa: E402
 
 from titan_fp8.config import Architecture, Fp8  # noqa: E402
 from titan_fp8.errors import UserError  # noqa: E402
+from titan_fp8.files import save  # noqa: E402
 from titan_fp8.float8.convert import convert, scaling_state  # noqa: E402
 from titan_fp8.model.args import FLAVORS, DecoderArgs  # noqa: E402
 from titan_fp8.model.decoder import Decoder  # noqa: E402
@@ -448,9 +449,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"{variant}: {row['step_ms']:.1f} ms, {row['peak_memory_gib']:.1f} GiB, "
                   f"warm-up {row['warm_up_s']:.0f} s", flush=True)  # fmt: skip
             if options.out:
-                partial = options.out.with_name(options.out.name + ".partial")
-                partial.write_text(json.dumps(result, indent=1) + "\n")
-                partial.rename(options.out)
+                save(options.out, lambda path: path.write_text(json.dumps(result, indent=1) + "\n"))
     if not dist.get_rank():
         print(table(result))
     dist.destroy_process_group()

@@ -22,10 +22,8 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import shutil
 import sys
-import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -50,6 +48,7 @@ from titan_fp8.config import load_config  # noqa: E402
 from titan_fp8.data.sources import hash64  # noqa: E402
 from titan_fp8.data.tokenizer import Tokenizer  # noqa: E402
 from titan_fp8.errors import UserError  # noqa: E402
+from titan_fp8.files import new_folder  # noqa: E402
 from titan_fp8.model.args import FLAVORS, DecoderArgs  # noqa: E402
 from titan_fp8.model.decoder import Decoder  # noqa: E402
 from titan_fp8.model.hf import LlamaAdapter, is_llama  # noqa: E402
@@ -83,8 +82,7 @@ def export(
         raise UserError(
             f"--out needs {need / 2**30:.1f} GiB, got {free / 2**30:.1f} free in {out.parent}: make room or choose another"
         )
-    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    try:
+    with new_folder(out) as partial:
         _write_weights(metadata, shapes, args, checkpoint, partial, dtype, shard_bytes)
         _write_json(partial / "config.json", model_config(args, tokenizer, dtype))
         _write_json(partial / "generation_config.json", generation_config(args, tokenizer))
@@ -92,13 +90,6 @@ def export(
         if not is_llama(args):
             for source in REMOTE_CODE.glob("*_fog.py"):
                 shutil.copyfile(source, partial / source.name)
-        _open_to_others(partial)
-        folders.sync_files(partial)
-        partial.rename(out)
-        folders.sync(out.parent)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
     return sum(math.prod(shape) for shape in shapes.values())
 
 
@@ -341,14 +332,6 @@ def _byte_letters() -> list[str]:
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _open_to_others(folder: Path) -> None:
-    """The usual permissions: temporary folders and safetensors' files are made for their owner alone."""
-    os.umask(mask := os.umask(0))
-    folder.chmod(0o777 & ~mask)
-    for file in folder.iterdir():
-        file.chmod(0o666 & ~mask)
 
 
 def main(argv: list[str] | None = None) -> int:

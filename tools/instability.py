@@ -39,11 +39,12 @@ from typing import Any
 import torch
 import train_parts  # pyrefly: ignore
 from torch import Tensor, nn
-from train_parts import IGNORE_INDEX, Shape, Trained, device_name, save  # pyrefly: ignore
+from train_parts import IGNORE_INDEX, Shape, Trained, device_name  # pyrefly: ignore
 
 from titan_fp8.config import Data, Fp8
 from titan_fp8.data.sources import open_source
 from titan_fp8.errors import UserError
+from titan_fp8.files import save
 from titan_fp8.float8.convert import convert, scaling_state
 from titan_fp8.model.decoder import Decoder
 
@@ -251,10 +252,9 @@ def words(row: dict[str, float]) -> str:
 
 def draw(result: dict[str, Any], out: Path) -> None:
     """The picture, as PNG: losses; z's amax against the limit of its cast; what the cast flushes; cosines of gate and up."""
-    import matplotlib
+    from plot_parts import pyplot
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    plt = pyplot()
 
     style = {
         "font.size": 9, "axes.titlesize": 9.5, "axes.titlelocation": "left", "axes.spines.top": False,

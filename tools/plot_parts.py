@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from numpy.typing import NDArray
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a checkout, installed or not
 
 from titan_fp8.errors import UserError
+from titan_fp8.files import save
 from titan_fp8.stability import journal
 from titan_fp8.stability.predictor import split_name
 
@@ -135,14 +135,28 @@ def dot_if_alone(values: list[float]) -> dict[str, str]:
     return {"marker": "."} if len(values) == 1 else {}
 
 
-def save(figure: Any, out: Path) -> None:
+def pyplot() -> Any:
+    """matplotlib.pyplot, drawing to files. Raises UserError where it is not installed."""
+    try:
+        import matplotlib
+    except ModuleNotFoundError as error:
+        if error.name != "matplotlib":
+            raise
+        raise UserError(
+            "drawing needs matplotlib, which is not installed: pip install 'titan-fp8[plot]'"
+        ) from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    return plt
+
+
+def save_figure(figure: Any, out: Path) -> None:
     suffix = out.suffix.lower().removeprefix(".")
     if suffix not in figure.canvas.get_supported_filetypes():
         raise UserError(f"--out must end in .png, .svg or .pdf, got {out}: change its name")
-    temporary = out.with_name(out.name + ".tmp")
     try:
-        figure.savefig(temporary, dpi=160, format=suffix)
-        os.replace(temporary, out)
+        save(out, lambda path: figure.savefig(path, dpi=160, format=suffix))
     except OSError as error:
         raise UserError(
             f"--out must be writable, got {out} ({error.strerror}): choose another place"

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a checkout, installed or not
 
-from plot_parts import COLORS, STYLE, Run, dot_if_alone, load, mark_broken, reference, save
+from plot_parts import COLORS, STYLE, Run, dot_if_alone, load, mark_broken, pyplot, reference, save_figure
 
 from titan_fp8.errors import UserError
 from titan_fp8.stability.predictor import split_name
@@ -43,10 +43,7 @@ Draw = Callable[[Any], None]  # a panel, onto its axis
 
 def draw(runs: list[Run], out: Path) -> None:
     """Write the picture of `runs` to `out`. Raises UserError if it cannot be written."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    plt = pyplot()
     from matplotlib.ticker import MaxNLocator
 
     plan = list(_page(runs[0]) if len(runs) == 1 else _comparison(runs))
@@ -68,7 +65,7 @@ def draw(runs: list[Run], out: Path) -> None:
                     axis.set_xlabel("Step")
         if len(runs) == 1:
             figure.suptitle(_describe(runs[0]), x=0.01, ha="left", fontsize=11, fontweight="bold")
-        save(figure, out)
+        save_figure(figure, out)
         plt.close(figure)
 
 
@@ -369,14 +366,6 @@ def main(arguments: list[str] | None = None) -> int:
         unique = len({folder.resolve().name for folder in folders}) == len(folders)
         runs = [load(folder, folder.resolve().name if unique else str(folder)) for folder in folders]
         draw(runs, options.out)
-    except ModuleNotFoundError as error:
-        if error.name != "matplotlib":
-            raise
-        print(
-            "error: drawing needs matplotlib, which is not installed: pip install 'titan-fp8[plot]'",
-            file=sys.stderr,
-        )
-        return 2
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -48,6 +48,7 @@ import time
 import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -56,6 +57,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # runs from a checkout, installed or not
 
 from titan_fp8.errors import UserError  # noqa: E402
+from titan_fp8.files import save  # noqa: E402
 from titan_fp8.stability import journal  # noqa: E402
 
 GRACE = 90.0  # seconds that a run has for its checkpoint
@@ -218,7 +220,7 @@ class Scheduler:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
         names = visible.split(",") if visible and gpus != [""] else gpus
         self.device = torch.cuda.get_device_name() if gpus != [""] else platform.machine()
-        self.study, self.jobs = study, jobs
+        self.study, self.jobs, self.commit = study, jobs, _commit()
         self.free = [gpu for _ in range(jobs) for gpu in names]
         self.until = time.monotonic() + seconds
         self.active: dict[subprocess.Popen[bytes], tuple[Run, str, float]] = {}
@@ -284,7 +286,8 @@ class Scheduler:
         self.free.append(gpu)
         seconds = time.monotonic() - started
         error = (run.folder / "error").read_text().strip()
-        rows = [row for row in rows_of(run) if row["kind"] == "train"]
+        every = rows_of(run)
+        rows = [row for row in every if row["kind"] == "train"]
         step = rows[-1]["step"] if rows else 0
         stopped = (run.folder / "stop").exists() and process.returncode == 0
         had_ended = "holds a finished run" in error  # and whoever should have collected it was killed
@@ -292,7 +295,7 @@ class Scheduler:
         outcome = {
             "status": "asked to stop" if stopped else "finished" if process.returncode == 0 or had_ended else "stopped",
             "exit": process.returncode, "step": step, "error": error, "seconds": round(before + seconds, 1),
-            "device": self.device, "jobs": self.jobs, "titan_fp8": _commit(), "torch": _torch_version(),
+            "device": self.device, "jobs": self.jobs, "titan_fp8": self.commit, "torch": version("torch"),
         }  # fmt: skip
         if process.returncode and not (process.returncode == 2 and rows):
             if self.asked_at is None:  # not killed by us
@@ -300,9 +303,9 @@ class Scheduler:
                 self._ask()
                 print(f"{run.name}: {tail}", file=sys.stderr, flush=True)
             return
-        _write(run.folder / "outcome.json", json.dumps(outcome, indent=1).encode())
+        save(run.folder / "outcome.json", lambda path: path.write_text(json.dumps(outcome, indent=1)))
         if not stopped:
-            collect(run, self.study.keep, outcome)
+            collect(run, every, self.study.keep, outcome)
         print(f"{run.name}: {outcome['status']} at step {step}, {seconds:.0f} s {error}".rstrip(), flush=True)
 
 
@@ -332,27 +335,18 @@ def kept(row: dict[str, Any], keep: tuple[str, ...]) -> dict[str, Any]:
     return shorten(found)
 
 
-def collect(run: Run, keep: tuple[str, ...], outcome: dict[str, Any]) -> None:
-    """Write the run's result: its rows, the logged ones with the keys of `keep` only, and last how it ended."""
+def collect(run: Run, rows: list[dict[str, Any]], keep: tuple[str, ...], outcome: dict[str, Any]) -> None:
+    """Write the run's result: its `rows`, the logged ones with the keys of `keep` only, and last how it ended."""
     lines = io.BytesIO()
     with gzip.GzipFile(fileobj=lines, mode="wb", compresslevel=9, mtime=0) as file:
-        for row in journal.read(run.folder / "metrics.jsonl"):
+        for row in rows:
             if row["kind"] == "train" and keep:
                 row = kept(row, keep)
             file.write((json.dumps(row, separators=(",", ":")) + "\n").encode())
         end = {"kind": "outcome", **outcome}
         file.write((json.dumps(end, separators=(",", ":")) + "\n").encode())
     run.result.parent.mkdir(parents=True, exist_ok=True)
-    _write(run.result, lines.getvalue())
-
-
-def _write(path: Path, content: bytes) -> None:
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.rename(path)
+    save(run.result, lambda path: path.write_bytes(lines.getvalue()))
 
 
 def _commit() -> str:
@@ -361,12 +355,6 @@ def _commit() -> str:
             ["git", "describe", "--always", "--dirty"], cwd=ROOT, text=True, stderr=subprocess.DEVNULL
         ).strip()
     return "unknown"
-
-
-def _torch_version() -> str:
-    from importlib.metadata import version
-
-    return version("torch")
 
 
 # ---- Report ----
@@ -488,11 +476,9 @@ def smooth(values: list[float], width: int) -> list[float]:
 
 def draw(study: Study, arms: list[Arm], baseline: Arm, out: Path) -> None:
     """Loss over tokens; the difference to the baseline; kurtosis over tokens by site, the largest of all layers."""
-    import matplotlib
+    from plot_parts import STYLE, pyplot, save_figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-    from plot_parts import STYLE, save
+    plt = pyplot()
 
     def curve(rows: list[dict[str, Any]], key: str = "loss") -> tuple[list[float], list[float]]:
         values = [math.nan if row.get(key) is None else row[key] for row in rows]
@@ -552,7 +538,7 @@ def draw(study: Study, arms: list[Arm], baseline: Arm, out: Path) -> None:
                     if points:
                         axis.plot(*zip(*points, strict=True), color=colors[i % 20], linewidth=0.9)
             axis.set(yscale="log", title=f"Kurtosis, {site}: largest layer")
-        save(figure, out)
+        save_figure(figure, out)
         plt.close(figure)
 
 
@@ -641,7 +627,7 @@ def main(arguments: list[str] | None = None) -> int:
         elif options.command == "report":
             text = report(studies, (options.out or Path("STUDY.md")).resolve())
             if options.out:
-                _write(options.out, text.encode())
+                save(options.out, lambda path: path.write_text(text))
             else:
                 print(text)
         else:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import logging
-import os
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -113,15 +111,6 @@ class Trained:
         if self.scaling is not None:
             self.scaling.update()
         return loss.detach(), norm
-
-
-def save(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write under another name, then rename."""
-    partial = path.with_name(path.name + ".partial")
-    write(partial)
-    with partial.open("rb") as file:
-        os.fsync(file.fileno())
-    partial.rename(path)
 
 
 def device_name(device: torch.device) -> str:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import base64
 import itertools
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +22,7 @@ from titan_fp8.config import Data
 from titan_fp8.data.sources import open_source
 from titan_fp8.data.tokenizer import LLAMA3_PATTERN
 from titan_fp8.errors import UserError
+from titan_fp8.files import save
 
 
 def byte_of() -> dict[str, int]:
@@ -79,13 +79,8 @@ def main(arguments: list[str] | None = None) -> int:
         )
         tokens = train(texts, options.size)
         lines = [f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in enumerate(tokens)]
-        partial = options.out.with_name(options.out.name + ".partial")
         try:
-            with partial.open("w") as file:
-                file.writelines(lines)
-                file.flush()
-                os.fsync(file.fileno())
-            partial.rename(options.out)
+            save(options.out, lambda path: path.write_text("".join(lines)))
         except OSError as error:
             raise UserError(
                 f"--out must be writable, got {options.out} ({error.strerror}): choose another place"

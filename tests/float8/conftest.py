@@ -103,3 +103,25 @@ def tiny_decoder() -> Callable[..., Any]:
         return model
 
     return build
+
+
+@pytest.fixture
+def launched(monkeypatch) -> Callable[..., list[tuple]]:
+    """launched(module, operator, *arguments) -> (kernel, arguments, options) of each Triton kernel it would launch."""
+
+    def launched(module, operator, *arguments) -> list[tuple]:
+        launches = []
+
+        def launcher(kernel):
+            class Launcher:
+                def __getitem__(self, grid):
+                    return lambda *args, **options: launches.append((kernel, args, options))
+
+            return Launcher()
+
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "wrap_triton", launcher)
+            getattr(operator, "_init_fn", operator)(*arguments)
+        return launches
+
+    return launched

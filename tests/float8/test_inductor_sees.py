@@ -29,23 +29,11 @@ class Hopper:
 
 
 @pytest.fixture
-def written(monkeypatch):
+def written(launched, monkeypatch):
     """written(module, operator, *arguments) -> names of the arguments that each kernel it launches is said to write."""
 
     def written(module, operator, *arguments) -> list[list[str]]:
-        seen = []
-
-        def launcher(kernel):
-            class Launcher:
-                def __getitem__(self, grid):
-                    return lambda *args, **options: seen.append(analyse(kernel, args, options))
-
-            return Launcher()
-
-        with monkeypatch.context() as patch:
-            patch.setattr(module, "wrap_triton", launcher)
-            getattr(operator, "_init_fn", operator)(*arguments)
-        return seen
+        return [analyse(*launch) for launch in launched(module, operator, *arguments)]
 
     def analyse(kernel, args, options) -> list[str]:
         everything = dict(zip(kernel.arg_names, args, strict=False)) | options

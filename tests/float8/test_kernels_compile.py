@@ -20,23 +20,11 @@ TYPES = {
 
 
 @pytest.fixture
-def compiled(monkeypatch):
+def compiled(launched):
     """compiled(module, operator, *arguments) -> names of the kernels it launches, each compiled for a Hopper GPU."""
-    launches: list[tuple] = []
-
-    def launcher(kernel):
-        class Launcher:
-            def __getitem__(self, grid):
-                return lambda *args, **options: launches.append((kernel, args, options))
-
-        return Launcher()
 
     def compiled(module, operator, *arguments) -> list[str]:
-        launches.clear()
-        with monkeypatch.context() as patch:
-            patch.setattr(module, "wrap_triton", launcher)
-            getattr(operator, "_init_fn", operator)(*arguments)
-        return [build(*launch) for launch in launches]
+        return [build(*launch) for launch in launched(module, operator, *arguments)]
 
     def build(kernel, args, options) -> str:
         values = dict(zip(kernel.arg_names, args, strict=False)) | options

@@ -34,11 +34,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
-import shutil
 import sys
-import tempfile
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -46,9 +43,9 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs from a checkout, installed or not
 
-from titan_fp8 import checkpoint_folder as folders
 from titan_fp8.data.sources import hash64, read_records
 from titan_fp8.errors import UserError
+from titan_fp8.files import new_folder
 
 _BORDER = re.compile(r"(?<=[.!?])\s+(?=[A-Z])|\s*\n\s*\n\s*")
 _LAST_WORD = re.compile(r"(?<=\S) ([A-Za-z]{4,})[.!?]$")
@@ -235,20 +232,18 @@ def build(path: Path, out: Path, name: str, count: int, domain_bytes: int) -> di
     cloze = choose(((source, found) for source, text in documents for found in passages(text)), count)
     rolling = domains(documents, domain_bytes)
 
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     tasks: dict[str, int] = {}
+    with new_folder(out) as partial:
 
-    def write(task: str, template: str, rows: list[dict[str, str]]) -> None:
-        data = f"{task}.jsonl"
-        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        (partial / data).write_text("".join(lines), encoding="utf-8")
-        # JSON's strings are YAML's.
-        config = template.format(name=task, data=json.dumps(str(out / data), ensure_ascii=False))
-        (partial / f"{task}.yaml").write_text(config, encoding="utf-8")
-        tasks[task] = len(rows)
+        def write(task: str, template: str, rows: list[dict[str, str]]) -> None:
+            data = f"{task}.jsonl"
+            lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            (partial / data).write_text("".join(lines), encoding="utf-8")
+            # JSON's strings are YAML's.
+            config = template.format(name=task, data=json.dumps(str(out / data), ensure_ascii=False))
+            (partial / f"{task}.yaml").write_text(config, encoding="utf-8")
+            tasks[task] = len(rows)
 
-    try:
         if cloze:
             rows = [{"context": p.context, "target": p.target, "source": source} for source, p in cloze]
             write(f"{name}_cloze", _CLOZE, rows)
@@ -257,14 +252,6 @@ def build(path: Path, out: Path, name: str, count: int, domain_bytes: int) -> di
             write(f"{group}_{domain}", _BITS_PER_BYTE, [{"text": text} for text in texts])
         members = "\n".join(f"  - {group}_{domain}" for domain in rolling)
         (partial / f"{group}.yaml").write_text(_GROUP.format(name=group, tasks=members), encoding="utf-8")
-        os.umask(mask := os.umask(0))
-        partial.chmod(0o777 & ~mask)  # a temporary folder is its owner's alone
-        folders.sync_files(partial)
-        partial.rename(out)
-        folders.sync(out.parent)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
     return tasks
 
 
