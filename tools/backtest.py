@@ -44,7 +44,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a c
 
 from titan_fp8.errors import UserError
 from titan_fp8.files import save
-from titan_fp8.stability.predictor import Prediction, Predictor, series_of
+from titan_fp8.stability.predictor import Prediction, Predictor, parameters_of, series_of
 
 WINDOW = 11  # rows of the median; odd
 RISE = 0.1  # of the baseline: harder data moves a loss by less, a divergence by far more
@@ -99,7 +99,7 @@ class Verdict:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The "train" rows of a recording, each step once, in order. A torn end is left out, as a killed run leaves it."""
+    """The "run" and "train" rows of a recording, in order. A torn end is left out, as a killed run leaves it."""
     if path.is_dir():
         plain = path / "metrics.jsonl"
         path = plain if plain.exists() else path / "metrics.jsonl.gz"
@@ -114,7 +114,7 @@ def read(path: Path) -> list[dict[str, Any]]:
                         continue
                     if (
                         isinstance(row, dict)
-                        and row.get("kind") == "train"
+                        and row.get("kind") in ("run", "train")
                         and isinstance(row.get("step"), int)
                     ):
                         rows.append(row)
@@ -125,7 +125,7 @@ def read(path: Path) -> list[dict[str, Any]]:
             f"a run must be a folder with metrics.jsonl or a *.jsonl or *.jsonl.gz file, got {path} "
             f"({error.strerror or error}): name the [job] dump_folder of a run"
         ) from error
-    if not rows:
+    if not any(row["kind"] == "train" for row in rows):
         raise UserError(f"a recording must hold a logged step, and {path} has none: let the run train first")
     return rows
 
@@ -158,9 +158,12 @@ def divergence(losses: Floats) -> int | None:
 
 def replay(name: str, rows: list[dict[str, Any]], healthy: str = "*") -> Replay:
     """Stream a recording through a fresh predictor. `healthy`: names of runs that are, unless they diverge."""
-    predictor, predictions = Predictor(), []
-    steps, losses, told = [], [], []
+    starts = [row for row in rows if row.get("kind") == "run"]
+    predictor = Predictor(parameters_of(starts[0] if starts else {}))
+    predictions, steps, losses, told = [], [], [], []
     for row in rows:
+        if row.get("kind") == "run":
+            continue
         values = series_of(row)
         predictions.append(predictor.update(row["step"], values))
         steps.append(row["step"])

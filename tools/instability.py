@@ -80,9 +80,9 @@ ARMS: dict[str, tuple[str, Fp8]] = {
 class Text(train_parts.Text):
     """Python's library; the same batches in all arms."""
 
-    def __init__(self, size: Size, device: torch.device):
+    def __init__(self, size: Size, device: torch.device, seed: int = SEED):
         text = b"\n".join(open_source(Data(source="builtin")).split("train"))
-        super().__init__(text, size, device, SEED)
+        super().__init__(text, size, device, seed)
 
     def batch(self, step: int, event: bool = False) -> tuple[Tensor, Tensor]:
         """(tokens, labels) [B, S]; with `event` one token of each sequence is the rare one."""
@@ -119,15 +119,12 @@ def feed_forward_inputs(model: Decoder, tokens: Tensor) -> list[tuple[Tensor, Te
 
 
 @torch.no_grad()
-def align(model: Decoder, text: Text, outlier: float) -> list[dict[str, float]]:
-    """Give the first feature of each layer its parallel rows. Returns what was reached, by layer.
+def free_direction(model: Decoder, text: Text) -> Tensor:
+    """The unit vector [D] that ordinary text uses least in the residual stream, and from now on not at all.
 
-    They point along the direction that ordinary text uses least in the residual stream; what is left of it there is taken
-    out of the weights that write into the stream, and the rare token is embedded along it.
+    What is left of it there is taken out of the weights that write into the stream, and the rare token is embedded along it.
     """
     ordinary = torch.cat([text.batch(-1 - i)[0] for i in range(4)])
-    special = text.batch(-1, event=True)[0]
-    rare = (special == RARE).flatten()
     streams = [nn.functional.normalize(stream.double()) for stream, _ in feed_forward_inputs(model, ordinary)]
     unused = torch.linalg.eigh(sum(stream.T @ stream for stream in streams)).eigenvectors[:, 0].float()
     embeddings = model.tok_embeddings.weight
@@ -137,6 +134,16 @@ def align(model: Decoder, text: Text, outlier: float) -> list[dict[str, float]]:
     for block in model.layers.values():
         for writer in (block.attention.wo, block.feed_forward.w2):
             writer.weight -= torch.outer(unused, unused @ writer.weight)
+    return unused
+
+
+@torch.no_grad()
+def align(model: Decoder, text: Text, outlier: float) -> list[dict[str, float]]:
+    """Give the first feature of each layer its parallel rows, along `free_direction`. Returns what was reached, by layer."""
+    unused = free_direction(model, text)
+    ordinary = torch.cat([text.batch(-1 - i)[0] for i in range(4)])
+    special = text.batch(-1, event=True)[0]
+    rare = (special == RARE).flatten()
     reached = []
     for i, block in enumerate(model.layers.values()):
         ffn = block.feed_forward

@@ -24,6 +24,7 @@ from titan_fp8.float8.convert import scaling_state  # noqa: E402
 from titan_fp8.loss import IGNORE_INDEX  # noqa: E402
 from titan_fp8.model.args import DecoderArgs  # noqa: E402
 from titan_fp8.model.decoder import Decoder  # noqa: E402
+from titan_fp8.stability.statistics import Statistics  # noqa: E402
 
 VOCABULARY = 272  # bytes and a few more; a multiple of 16
 ADAMW: dict[str, Any] = {"betas": (0.9, 0.95), "weight_decay": 0.1}
@@ -78,7 +79,10 @@ class Trained:
     """A model, its optimizer, and the steps of training. As titan_fp8/train.py does it, on one device.
 
     loss_scale: for gradients that pass through float16. Gradients are divided by it before they are clipped.
+    statistics: if set, each step is observed, and `statistics.collect()` tells of it afterwards.
     """
+
+    statistics: Statistics | None = None
 
     def __init__(
         self,
@@ -100,9 +104,14 @@ class Trained:
                 group["lr"].fill_(lr)
             else:
                 group["lr"] = lr
+        if self.statistics is not None:
+            self.statistics.begin()
         with torch.autocast(self.device.type, torch.bfloat16):
             loss = self.model(tokens, labels) / (labels != IGNORE_INDEX).sum()
         (loss * self.loss_scale).backward()
+        if self.statistics is not None:
+            self.statistics.end()
+            self.statistics.before_update()
         parameters = list(self.model.parameters())
         if self.loss_scale != 1.0:
             torch._foreach_div_([p.grad for p in parameters], self.loss_scale)

@@ -60,7 +60,9 @@ def make_processor(gloo, tmp_path, clock):
 
     made = []
 
-    def make(*, steps=100, log_freq=10, prometheus=False, textfile="", tensorboard=False, ranks_per_batch=1):
+    def make(*, steps=100, log_freq=10, prometheus=False, textfile="", tensorboard=False, ranks_per_batch=1,
+        activation="xielu",
+    ):  # fmt: skip
         config = Config()
         config.job.dump_folder = str(tmp_path)
         config.model.name, config.model.flavor = "titan_fp8", "debug"
@@ -72,7 +74,7 @@ def make_processor(gloo, tmp_path, clock):
         config.prometheus.port = 0
         config.prometheus.textfile = str(textfile)
         dims = SimpleNamespace(non_data_parallel_size=ranks_per_batch, pp_enabled=False)
-        processor = build_metrics_processor(config, dims)
+        processor = build_metrics_processor(config, dims, SimpleNamespace(activation=activation))
         processor.num_flops_per_token = 10**9
         made.append(processor)
         return processor

@@ -9,7 +9,7 @@ import pytest
 
 from titan_fp8.errors import UserError
 from titan_fp8.stability import exporter as exporter_module
-from titan_fp8.stability.exporter import TABLE, Exporter
+from titan_fp8.stability.exporter import BUILD, TABLE, Exporter
 from titan_fp8.stability.journal import encode
 
 SITES = ("residual", "qkv_in", "q", "k", "v", "attention_out", "ffn_up", "ffn_act", "ffn_out")
@@ -61,6 +61,7 @@ RUN = {
     "step": 7,
     "model": "titan_fp8 debug",
     "recipe": "delayed",
+    "activation": "swiglu",
     "version": "0.1.0",
     "ranks": 2,
 }
@@ -117,7 +118,7 @@ def test_every_metric_reaches_a_scraper(samples, monkeypatch):
     got = samples(RUN, train(10), VALIDATION, ACTION, ACTION)
     layer = (("layer", "1"),)
     expected = {
-        ("build_info", (("model", "titan_fp8 debug"), ("recipe", "delayed"), ("version", "0.1.0"))): 1,
+        ("build_info", tuple(sorted((label, RUN[label]) for label in BUILD.labels))): 1,
         ("last_step_timestamp_seconds", ()): 1.8e9,
         ("log_interval_seconds", ()): 1.5,
         ("steps_total", ()): 10,

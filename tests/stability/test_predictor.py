@@ -11,7 +11,15 @@ import pytest
 from helpers import refusal  # pyrefly: ignore
 
 from titan_fp8.stability import journal
-from titan_fp8.stability.predictor import KINDS, Kind, Parameters, Predictor, series_of, split_name
+from titan_fp8.stability.predictor import (
+    KINDS,
+    Kind,
+    Parameters,
+    Predictor,
+    parameters_of,
+    series_of,
+    split_name,
+)
 
 Z = "layers.3.feed_forward.z"
 
@@ -319,6 +327,21 @@ def test_other_kinds_can_be_given():
     )
     assert predictions[100].risk < 0.1 and predictions[-1].risk > 0.9
     assert predictions[-1].cause.statistic == "temperature"
+
+
+def test_aligned_rows_endanger_no_run_that_smooths():
+    """A resumed run, too, that had learned of them before it changed its activation."""
+    rows = [
+        (s, {"loss": 3.0, "layers.3.feed_forward.alignment_q999": min(s / 300, 0.999)}) for s in range(1, 400)
+    ]
+    plain, smooth = (Predictor(parameters_of({"activation": name})) for name in ("swiglu", "smooth_swiglu"))
+    assert feed(rows, plain)[-1].cause.statistic == "alignment_q999"
+    assert max(told.risk for told in feed(rows, smooth)) < 0.05
+    resumed = Predictor(parameters_of({"activation": "smooth_swiglu"}))
+    resumed.load_state_dict(plain.state_dict())
+    assert plain.update(400, rows[-1][1]).risk > 0.4
+    assert feed([(s, rows[-1][1]) for s in range(400, 500)], resumed)[-1].risk < 0.05
+    assert parameters_of({}) == parameters_of({"activation": "xielu"}) == Parameters()
 
 
 def test_a_loss_that_climbs_is_a_risk_where_nothing_else_is_watched():

@@ -155,7 +155,12 @@ def test_prometheus_sees_what_is_logged(make_processor, clock, tmp_path, scrape)
     validate(processor, clock, 10, 1.75, bits_per_byte=0.9)
     samples = scrape(processor.exporter.endpoint.port)
     assert samples["titan_fp8_last_step_timestamp_seconds", ()] > 1.7e9
-    labels = (("model", "titan_fp8 debug"), ("recipe", "delayed"), ("version", "0.1.0"))
+    labels = (
+        ("activation", "xielu"),
+        ("model", "titan_fp8 debug"),
+        ("recipe", "delayed"),
+        ("version", "0.1.0"),
+    )
     assert samples["titan_fp8_build_info", labels] == 1
     (_, row), (validation,) = rows(tmp_path, "train"), rows(tmp_path, "validation")
     expected = {

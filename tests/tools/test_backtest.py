@@ -272,7 +272,8 @@ def write(path, rows):
 
 def test_recordings_plain_packed_and_torn(backtest, tmp_path):
     rows = [{"kind": "train", "step": i, "loss": 3.0} for i in range(1, 200)]
-    others = [{"kind": "run", "step": 0}, *rows, {"kind": "validation", "step": 9, "validation_loss": 1.0}]
+    rows.insert(0, {"kind": "run", "step": 0, "activation": "swiglu"})
+    others = [*rows, {"kind": "validation", "step": 9, "validation_loss": 1.0}]
     plain = write(tmp_path / "a" / "metrics.jsonl", others)
     packed = write(tmp_path / "b" / "metrics.jsonl.gz", others)
     assert backtest.read(plain) == backtest.read(plain.parent) == backtest.read(packed.parent) == rows

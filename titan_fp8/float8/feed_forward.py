@@ -102,11 +102,13 @@ class _Float8FeedForward(torch.autograd.Function):
             # z never stands in memory: some rows are made again in plain PyTorch. Its amax is that of all rows.
             o_up, o_act = sites
             groups = 1 if tp is None else tp.size
-            z_mF = _short(_activation(some_rows(h_MN.detach(), len(o_act), groups), alphas, kind), h_MN)
+            z_mF = _activation(some_rows(h_MN.detach(), len(o_act), groups), alphas, kind)
+            z_mF, known = (z_mF, a_z) if s_F is None else (z_mF * s_F, (channel_amax(h_MN) * s_F).amax())
+            z_mF = _short(z_mF, h_MN)
             observe(x_MK, o_x, s_x, E4M3)
-            look(z_mF if s_F is None else z_mF * s_F, o_z, groups, moments=False, cast=cast_of(s_z, E4M3))
+            look(z_mF, o_z, groups, moments=False, cast=cast_of(s_z, E4M3))
             look(h_MN, o_up, groups)
-            look(z_mF, o_act, groups, known=a_z if s_F is None else channel_amax(h_MN).amax())
+            look(z_mF, o_act, groups, known=known)
         ctx.save_for_backward(
             kept, h_MN, alphas, i_x, s_z, i_z, s_dh, i_dh, s_dy, i_dy, s_up, i_up, i_w2, m_w2, s_F, w2_KF, *ups
         )  # fmt: skip

@@ -65,7 +65,11 @@ def _statistic(name: str, statistic: str, help: str, *labels: str, unit: str = "
 
 
 BUILD = Row(
-    "titan_fp8_build_info", "gauge", "", "Always 1; its labels say what runs.", ("model", "recipe", "version")
+    "titan_fp8_build_info",
+    "gauge",
+    "",
+    "Always 1; its labels say what runs.",
+    ("model", "recipe", "activation", "version"),
 )
 CAUSE = Row(
     "titan_fp8_risk_cause_info", "gauge", "", "Always 1; its labels are the series with the most evidence of divergence.",

@@ -34,7 +34,7 @@ import titan_fp8
 from titan_fp8.stability.console import GIB, Console
 from titan_fp8.stability.exporter import Exporter
 from titan_fp8.stability.journal import Journal
-from titan_fp8.stability.predictor import Prediction, Predictor, series_of
+from titan_fp8.stability.predictor import Prediction, Predictor, parameters_of, series_of
 from titan_fp8.stability.statistics import Table
 
 if TYPE_CHECKING:
@@ -94,11 +94,16 @@ class TitanMetricsProcessor(MetricsProcessor):
     Raises UserError where Prometheus' port or files cannot be used.
     """
 
-    def __init__(self, job_config: JobConfig, parallel_dims: ParallelDims, tag: str | None = None):
+    def __init__(
+        self,
+        job_config: JobConfig,
+        parallel_dims: ParallelDims,
+        activation: str = "",
+        tag: str | None = None,
+    ):
         super().__init__(job_config, parallel_dims, tag)
         self.fp8_report: Callable[[], Report] | None = None
         self.statistics: Callable[[], Table] | None = None
-        self.predictor = Predictor()
         self.prediction: Prediction | None = None
         self.unigram_entropy: float | None = None
         self.next_command: str | None = None
@@ -112,8 +117,10 @@ class TitanMetricsProcessor(MetricsProcessor):
         self._identity = {
             "model": f"{job_config.model.name} {job_config.model.flavor}",
             "recipe": ours.fp8.recipe,
+            "activation": activation,
             "version": titan_fp8.__version__,
         }
+        self.predictor = Predictor(parameters_of(self._identity))
         self._folder = Path(job_config.job.dump_folder)
         self._is_writer = dist.get_rank() == 0
         self._journal: Journal | None = None
@@ -395,4 +402,4 @@ def build_metrics_processor(
     tag: str | None = None,
 ) -> TitanMetricsProcessor:
     """torchtitan's TrainSpec.build_metrics_processor_fn."""
-    return TitanMetricsProcessor(job_config, parallel_dims, tag)
+    return TitanMetricsProcessor(job_config, parallel_dims, getattr(model_args, "activation", ""), tag)

@@ -25,7 +25,7 @@ sys.path.insert(
 
 from titan_fp8.errors import UserError
 from titan_fp8.stability.exporter import Exporter
-from titan_fp8.stability.predictor import Predictor, series_of
+from titan_fp8.stability.predictor import Predictor, parameters_of, series_of
 
 
 def recorded(path: Path) -> list[dict[str, Any]]:
@@ -50,7 +50,7 @@ def recorded(path: Path) -> list[dict[str, Any]]:
 
 
 def _predicted(rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    predictor = Predictor()
+    predictor = Predictor(parameters_of(next((row for row in rows if row.get("kind") == "run"), {})))
     for row in rows:
         if row.get("kind") == "train" and row.get("risk") is None:
             told = predictor.update(row["step"], series_of(row))
