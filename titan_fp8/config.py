@@ -654,6 +654,11 @@ def _broken_rules(c: Any) -> Iterator[tuple[str, str, str]]:
         yield "model.tokenizer_path", "is not read here", "use [data] tokenizer"
     if any(name.startswith("quantize.") for name in c.model.converters):
         yield "model.converters", "must not hold torchtitan's quantize.*", "use [fp8]; it needs no converter"
+    if c.experimental.custom_import == _DEFAULTS["experimental.custom_import"] and set(
+        c.model.converters
+    ) != {CONVERTER}:
+        rule = "must be ones that [experimental] custom_import registers"
+        yield "model.converters", rule, "use [fp8]; it needs no converter"
     for key in (
         "quantize.linear.float8",
         "quantize.linear.mx",
