@@ -201,7 +201,7 @@ def test_v_forgets_with_stochastic_rounding():
     The mean over 1984 elements of an estimate with relative spread sqrt(2 * 0.005) + rounding 0.1: within 3 %.
     """
     p = nn.Parameter(torch.zeros(31, 65))
-    optimizer = Fp8AdamW([p], lr=0.0, betas=(0.9, 0.99), round_moments="stochastic", block_size=80)
+    optimizer = Fp8AdamW([p], lr=0.0, betas=(0.9, 0.99), round_moments="stochastic", block_size=128)
     optimizer.state[p]["exp_avg_sq_e5m2"].fill_(57344.0)
     optimizer.state[p]["exp_avg_sq_scale"].fill_(57344.0)
     optimizer.state[p]["step"].fill_(1000.0)
@@ -368,9 +368,9 @@ def test_states_of_other_fp8_formats_are_refused():
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda p: Fp8AdamW([p], block_size=40), ("multiple of 16", "got 40")),
-        (lambda p: Fp8AdamW([p], block_size=-16), ("multiple of 16", "got -16")),
-        (lambda p: Fp8AdamW([p], block_size=16384), ("up to 8192",)),
+        (lambda p: Fp8AdamW([p], block_size=48), ("power of two", "got 48")),
+        (lambda p: Fp8AdamW([p], block_size=8), ("power of two", "got 8")),
+        (lambda p: Fp8AdamW([p], block_size=16384), ("to 8192",)),
         (lambda p: Fp8AdamW([p], first_moment="int8"), ("e4m3, e5m2, bf16, fp32", "int8")),
         (lambda p: Fp8AdamW([p], amsgrad=True), ("amsgrad",)),
         (lambda p: Fp8AdamW([p], eps=0.0), ("eps must be above 0",)),
@@ -430,7 +430,7 @@ def test_settings_reach_the_optimizer():
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--optimizer.fp8.block_size=40"], ("block_size", "multiple of 16")),
+        (["--optimizer.fp8.block_size=48"], ("block_size", "power of two")),
         (["--optimizer.fp8.block_size=-16"], ("block_size", "at least 0")),
         (["--optimizer.fp8.first_moment=fp8"], ("first_moment", "e4m3")),
         (["--optimizer.fp8.enable", "--optimizer.name=Adam"], ("[optimizer] name", "AdamW")),

@@ -148,7 +148,7 @@ class Fp8Adam:
     """Format of the averaged squared gradient, which needs range."""
 
     block_size: int = 256
-    """Elements of a row that share a scale, a multiple of 16; 0: one scale per parameter, as in the paper."""
+    """Elements of a row that share a scale, a power of two from 16; 0: one scale per parameter, as in the paper."""
 
     round_moments: Literal["nearest", "stochastic"] = "nearest"
     """stochastic: without bias; needed for the second moment to fall where beta2 is above 0.99. Costs random bits."""
@@ -713,8 +713,8 @@ def _broken_rules(c: Any) -> Iterator[tuple[str, str, str]]:
         rule = "must be false: FP8 scales and clipping need the whole backward first"
         yield "optimizer.early_step_in_backward", rule, "leave it out"
     moments = c.optimizer.fp8
-    if moments.block_size % 16:
-        yield "optimizer.fp8.block_size", "must be a multiple of 16, or 0", "write 256"
+    if moments.block_size and (moments.block_size < 16 or moments.block_size.bit_count() > 1):
+        yield "optimizer.fp8.block_size", "must be a power of two from 16, or 0", "write 256"
     names = ["AdamW"] if moments.enable else ["Adam", "AdamW"]
     if c.optimizer.name not in names:
         rule = (

@@ -45,7 +45,7 @@ logger = logging.getLogger(__name__)
 
 FORMATS = {"e4m3": E4M3, "e5m2": E5M2, "bf16": torch.bfloat16, "fp32": torch.float32}
 MOMENTS = ("exp_avg", "exp_avg_sq")
-_LARGEST_BLOCK = 8192
+BLOCK_SIZES = (0, *(2**i for i in range(4, 14)))
 
 
 class Fp8AdamW(torch.optim.Optimizer):
@@ -60,7 +60,7 @@ class Fp8AdamW(torch.optim.Optimizer):
     Args:
         params, lr (float or 0-dim tensor), betas, eps, weight_decay (decoupled): as in torch.optim.AdamW.
         first_moment, second_moment: "e4m3", "e5m2", "bf16" or "fp32".
-        block_size: elements that share a scale, a multiple of 16 up to 8192; 0: the whole parameter.
+        block_size: elements that share a scale, a power of two from 16 to 8192; 0: the whole parameter.
         round_moments, round_parameters: "nearest" or "stochastic" (float32 is not rounded). The random bits are a function
             of `seed`, the step, the parameter's number and the element's place in it: a resumed run draws the same.
         half_master: allow float16 parameters. They hold value * scale, see `scale_master`.
@@ -86,9 +86,9 @@ class Fp8AdamW(torch.optim.Optimizer):
         amsgrad: bool = False,
         seed: int = 0,
     ) -> None:
-        if block_size < 0 or block_size % 16 or block_size > _LARGEST_BLOCK:
+        if block_size not in BLOCK_SIZES:
             raise UserError(
-                f"block_size must be a multiple of 16 up to {_LARGEST_BLOCK}, or 0 for one scale per parameter, "
+                f"block_size must be a power of two from 16 to {BLOCK_SIZES[-1]}, or 0 for one scale per parameter, "
                 f"got {block_size}: write 256"
             )
         for name, value, known in (
