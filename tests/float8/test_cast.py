@@ -70,7 +70,7 @@ def test_columns_may_have_scales_of_their_own(device, transposed):
 @pytest.mark.parametrize("dtype", [E4M3, E5M2])
 @pytest.mark.parametrize("shape", [(48, 72), (64, 256), (1024, 512)])
 def test_bytes_of_fp8_are_transposed(shape, dtype, device):
-    """All that a saturating cast makes, NaN among it; sizes that the kernel takes in whole vectors, and one that it does not."""
+    """All that a saturating cast makes, NaN among it; sizes that the kernel takes in whole vectors, and one that is not."""
     codes = torch.randint(256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     codes = torch.where(codes.view(dtype).float().isfinite(), codes, 0x7F).to(device)
     got = transpose(codes.view(dtype))
