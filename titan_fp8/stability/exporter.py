@@ -2,7 +2,8 @@
 
 This file knows numbers and names only: no model, no torch, no trainer. Names follow the Prometheus convention: the project's
 prefix, then the thing, then its base unit; a counter ends in `_total`. A value that is not finite is served as NaN or +Inf,
-as it is: an alert must see it.
+as it is: an alert must see it. A statistic that is missing from a row with statistics is served no longer: its tensor is not
+cast any more, or it was not finite, which the statistics tell as an event, and `risk` with them.
 
 How many series. Statistics are exported where an alert or a panel needs them, and as coarsely as it can do with: kurtosis of
 the 9 activations of a layer, headroom of its 13 FP8 tensors, and 6 numbers per layer. At 32 layers these are 28 * 32 = 896,
@@ -234,6 +235,9 @@ class Exporter(Collector):
                 value = _value(row, metric.key, broken)
                 if value is not None:
                     self._set(metric, value)
+        if "statistics" in row:
+            for name in (metric.name for metric in _BY_STATISTIC.values()):
+                self._count -= len(self._values.pop(name, {}))
         largest: dict[tuple[Row, str], float] = {}
         for name, statistics in (row.get("statistics") or {}).items():
             layer, site = _split(name)
