@@ -269,7 +269,9 @@ def test_the_monitor_resumes_where_it_was(make, tmp_path):
     train(folders[1], 4)
     again = train(folders[1], 8)
     keys = ("statistics", "risk", "cause", "cause_kind", "steps_to_saturation", "nonfinite_steps", "tokens")
-    told = [{step: [row.get(key) for key in keys] for step, row in rows(folder).items()} for folder in folders]
+    told = [
+        {step: [row.get(key) for key in keys] for step, row in rows(folder).items()} for folder in folders
+    ]
     assert told[0] == told[1] and list(told[0]) == [1, 2, 4, 6, 8]
     assert whole.metrics_processor.state_dict() == again.metrics_processor.state_dict()
     counts = again.metrics_processor.actions

@@ -268,7 +268,8 @@ class Prometheus:
     """File of one line NAME:PASSWORD that a scraper must send. Beyond this machine only with HTTPS."""
 
     textfile: str = ""
-    """Also, or instead, keep this *.prom file up to date, for node_exporter's textfile collector. Removed at the end."""
+    """Also, or instead, keep this *.prom file up to date, for node_exporter's textfile collector. Removed at the end,
+    unless that is an error: an alert must see it."""
 
 
 @dataclass

@@ -274,6 +274,20 @@ def test_a_text_file_for_node_exporter(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_after_an_error_the_text_file_stays_with_the_last_row(tmp_path):
+    """As after a stop because of NaN, which an alert must see."""
+    path = tmp_path / "run.prom"
+    exporter = Exporter(textfile=str(path))
+    exporter.start()
+    with pytest.raises(UserError):
+        try:
+            exporter.update(train(1, loss=math.nan))
+            raise UserError("step 1: the loss is not finite")
+        finally:
+            exporter.close()
+    assert "\ntitan_fp8_loss NaN\n" in path.read_text()
+
+
 def test_a_disk_that_fails_or_hangs_does_not_touch_training(tmp_path, monkeypatch, caplog):
     """Each write waits, then fails; rows come at once. The trouble is told once."""
     written = []

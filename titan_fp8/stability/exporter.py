@@ -16,6 +16,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import sys
 import threading
 import time
 from collections.abc import Iterable, Mapping
@@ -174,7 +175,8 @@ class Exporter(Collector):
     Args:
         endpoint: the arguments of Endpoint but its application; None: serve nothing.
         textfile: a *.prom file that is kept up to date, for node_exporter's textfile collector; "": none. It is removed by
-            `close`, so that a run that has ended does not look stalled; a run that was killed does.
+            `close`, so that a run that has ended does not look stalled. It stays, with the last row, when a run is killed or
+            `close` is called while an error is on its way: alerts must see that.
 
     Raises UserError for an endpoint or a textfile that cannot be used.
     """
@@ -334,9 +336,11 @@ class _Textfile:
         self._thread.start()
 
     def _run(self) -> None:
-        told = False
-        while self.changed.wait() and not self._ends:
+        told = ends = False
+        while not ends:
+            self.changed.wait()
             self.changed.clear()
+            ends = self._ends  # once more then: a row may have come since
             try:
                 write_to_textfile(str(self.path), self._registry)  # a temporary name, then a rename
                 told = False
@@ -351,7 +355,7 @@ class _Textfile:
         self._ends = True
         self.changed.set()
         self._thread.join(timeout=5)  # seconds; a file system that hangs must not hold the end of a run
-        if not self._thread.is_alive():
+        if sys.exc_info()[0] is None and not self._thread.is_alive():
             self.path.unlink(missing_ok=True)
         self._thread = None
 
