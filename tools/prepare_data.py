@@ -21,6 +21,7 @@ import threading
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -288,6 +289,13 @@ def main(argv: list[str] | None = None) -> int:
         manifest = prepare(data, args.out, shard_tokens=args.shard_tokens, workers=args.workers)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except BrokenProcessPool:
+        print(
+            f"error: the processes that tokenise must stay alive, and one of {args.workers} was ended, for want of memory "
+            "perhaps; use fewer --workers, and otherwise the same arguments: finished shards are kept",
+            file=sys.stderr,
+        )
         return 2
     except OSError as error:
         print(

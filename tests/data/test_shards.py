@@ -225,6 +225,14 @@ def test_the_command(corpus, tmp_path, capsys):
     assert prepare_data.main([*arguments, "--workers", "0"]) == 2
 
 
+def test_a_worker_that_ends_before_its_time(corpus, tmp_path, capsys, monkeypatch):
+    """As one does that the kernel kills where memory ends."""
+    monkeypatch.setattr(prepare_data, "_start_worker", sys.exit)
+    assert prepare_data.main(["--path", str(corpus), "--out", str(tmp_path / "out"), "--workers", "2"]) == 2
+    error = capsys.readouterr().err
+    assert "error: the processes" in error and "use fewer --workers" in error and "Traceback" not in error
+
+
 def test_verify_finds_one_changed_byte_anywhere(tmp_path):
     out = tmp_path / "out"
     prepare_data.prepare(Data(), out, shard_tokens=10**9, workers=1, quiet=True)
