@@ -252,25 +252,36 @@ def test_statistics_can_be_switched_off(make, tmp_path):
 
 
 def test_the_monitor_resumes_where_it_was(make, tmp_path):
-    """Statistics, risk and the predictor's state of a run that was interrupted after step 4, bit for bit."""
+    """Statistics, risk, totals and the predictor's state of a run that was interrupted after step 4, bit for bit. Of its bad
+    steps two came before that, and one after: the monitor and the policy must see a third one, not a first."""
     folders = [tmp_path / name for name in ("whole", "halves")]
-    flags = ["--lr_scheduler.total_steps=8", "--metrics.log_freq=2"]
-    whole = make(*flags, f"--job.dump_folder={folders[0]}")
-    whole.train()
-    make(*flags, f"--job.dump_folder={folders[1]}", "--training.steps=4").train()
-    again = make(*flags, f"--job.dump_folder={folders[1]}")
-    assert again.metrics_processor.predictor.state_dict()["series"] == []
-    again.train()
-    keys = ("statistics", "risk", "cause", "cause_kind", "steps_to_saturation", "loss")
-    told = [{step: [row[key] for key in keys] for step, row in rows(folder).items()} for folder in folders]
+    flags = ["--lr_scheduler.total_steps=8", "--metrics.log_freq=2", "--stability.skip_nonfinite_steps=2"]
+
+    def train(folder: Path, steps: int) -> Trainer:
+        trainer = make(*flags, f"--job.dump_folder={folder}", f"--training.steps={steps}")
+        assert trainer.metrics_processor.predictor.state_dict()["series"] == []
+        for step in (2, 3, 5):
+            poison(trainer, step, trainer.model.layers["1"].feed_forward)
+        trainer.train()
+        return trainer
+
+    whole = train(folders[0], 8)
+    train(folders[1], 4)
+    again = train(folders[1], 8)
+    keys = ("statistics", "risk", "cause", "cause_kind", "steps_to_saturation", "nonfinite_steps", "tokens")
+    told = [
+        {step: [row.get(key) for key in keys] for step, row in rows(folder).items()} for folder in folders
+    ]
     assert told[0] == told[1] and list(told[0]) == [1, 2, 4, 6, 8]
     assert whole.metrics_processor.state_dict() == again.metrics_processor.state_dict()
+    counts = again.metrics_processor.actions
+    assert counts == whole.metrics_processor.actions and counts["skip_step", "nonfinite"] == 3
 
 
 def test_a_checkpoint_without_a_monitor_loads(make, tmp_path):
-    """As earlier versions wrote it: the predictor starts afresh."""
+    """As earlier versions wrote it: the predictor and the count of bad steps start afresh."""
     first = make("--training.steps=4")
-    first.monitor_saved = False
+    first.asked = {"step", "ntokens_seen", "loss_scale"}
     first.train()
     second = make()
     second.train()

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import cache
 from itertools import pairwise
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin
 
 from titan_fp8.errors import UserError
@@ -268,7 +269,7 @@ class Prometheus:
     """File of one line NAME:PASSWORD that a scraper must send. Beyond this machine only with HTTPS."""
 
     textfile: str = ""
-    """Also, or instead, keep this *.prom file up to date, for node_exporter's textfile collector. Removed at the end."""
+    """Also, or instead, keep this *.prom file current, for node_exporter's textfile collector. Removed at an orderly end."""
 
 
 @dataclass
@@ -757,6 +758,10 @@ def _broken_rules(c: Any) -> Iterator[tuple[str, str, str]]:
         yield "training.global_batch_size", rule, "change one of them"
     if data.source in ("files", "shards") and not data.path:
         yield "data.path", f'must be set with source "{data.source}"', "write the file or folder to read"
+    text = Path(data.path).expanduser().resolve()
+    if data.source == "files" and data.path and Path(c.job.dump_folder).resolve().is_relative_to(text):
+        rule = f"must lie outside [data] path ({data.path}), or a restart would read what the run has written"
+        yield "job.dump_folder", rule, "write another folder"
     if data.source in ("builtin", "hf") and data.path:
         rule = f'is not read with source "{data.source}"'
         yield "data.path", rule, 'set source = "files" or "shards", or leave path out'

@@ -67,6 +67,7 @@ class Response:
         state = self.policy.state_dict()
         trainer.checkpointer.roll_back(action.target)
         self.policy.load_state_dict(state)
+        self.policy.count(self._facts(None))
         self._apply()
         trainer.optimizers.zero_grad()
         trainer.watch.in_a_row.zero_()
