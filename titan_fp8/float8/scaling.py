@@ -35,6 +35,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from hashlib import blake2b
 from typing import NamedTuple
 
 import torch
@@ -304,7 +305,8 @@ class DelayedScaling(nn.Module):
 
     Buffers (saved): history [H, N] and scale, last_amax, saturation [N] float32; saturated_steps, nonfinite_steps [N] and
     steps [] int64; channel_amax and channel_scale [L, F] float32, if L activations have channel scales. `saturation` is
-    the last step's amax over the largest magnitude its scale could hold: above 1 it clamped.
+    the last step's amax over the largest magnitude its scale could hold: above 1 it clamped. tensors_and_formats_<hash> []
+    is 0: its name tells other tensors' state apart, for checkpoints are compared by names and shapes before they are read.
     Not saved: largest [N], the history's maximum; jump [N], the last step's amax over the one before (0: unknown);
     in_use [2, N], what the slots hold: scales, and their inverses.
     """
@@ -342,6 +344,9 @@ class DelayedScaling(nn.Module):
         self.register_buffer("saturated_steps", torch.zeros(n, dtype=torch.int64))
         self.register_buffer("nonfinite_steps", torch.zeros(n, dtype=torch.int64))
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+        formats = repr([(name, short_name(slot.dtype)) for name, slot in slots.items()]).encode()
+        same = f"tensors_and_formats_{blake2b(formats, digest_size=8).hexdigest()}"
+        self.register_buffer(same, torch.zeros((), dtype=torch.int64))
         for name in ("largest", "jump"):
             self.register_buffer(name, torch.zeros(n, dtype=torch.float32), persistent=False)
         self.register_buffer("in_use", torch.ones(2, n, dtype=torch.float32), persistent=False)
@@ -363,9 +368,8 @@ class DelayedScaling(nn.Module):
                 self.register_buffer(name, torch.zeros(shape[0], dtype=torch.int64), persistent=False)
         matrices = sum(len(slot.linears) for slot in self.weight_slots)
         self.register_buffer("weight_index", torch.zeros(matrices, dtype=torch.int64), persistent=False)
-        self.skipped: Tensor | None = (
-            None  # [] bool, the same on all ranks, set by the trainer: no weight was stepped
-        )
+        # [] bool, the same on all ranks, set by the trainer: the optimizer left the weights as they were.
+        self.skipped: Tensor | None = None
         # Set by the trainer: parameter -> amax of this rank's part of it (0-dim float32), as the optimizer's last step left
         # it; 0 where that step changed nothing. Unless all weights are there, they are read once more.
         self.stepped: Mapping[Tensor, Tensor] = {}
