@@ -319,7 +319,15 @@ def test_broken_combination_names_both_sources():
         ("--parallelism.expert_parallel_degree=2", "[parallelism] expert_parallel_degree must be 1"),
         ("--parallelism.expert_tensor_parallel_degree=2", "expert_tensor_parallel_degree must be 1"),
         ("--parallelism.tensor_parallel_degree=2 --training.seq_len=33", "a stretch of each sequence, got 33: write 34"),
-        ("--parallelism.tensor_parallel_degree=2 --training.seq_len=10", "seq_len * local_batch_size must be a multiple"),
+        (
+            "--parallelism.tensor_parallel_degree=2 --training.seq_len=10",
+            "[training] seq_len * local_batch_size (8) must be a multiple of 16 * tensor_parallel_degree (32)",
+        ),
+        (
+            "--training.seq_len=100 --training.local_batch_size=3",
+            "[training] seq_len * local_batch_size (3) must be a multiple of 16 for FP8 GEMMs, got 100: change one",
+        ),
+        ("--validation.enable --validation.seq_len=9", "[validation] seq_len * local_batch_size (8) must be"),
         ("--parallelism.tensor_parallel_degree=2 --parallelism.disable_loss_parallel", "always computed in parallel"),
         ("--parallelism.enable_async_tensor_parallel", "enable_async_tensor_parallel must be false"),
         ("--parallelism.data_parallel_replicate_degree=2 --parallelism.data_parallel_shard_degree=1", "DDP"),
@@ -349,6 +357,8 @@ def test_broken_combination(flags, expected):
     "flags",
     [
         "--fp8.recipe=bf16 --fp8.filter=",
+        "--fp8.recipe=bf16 --training.seq_len=9",
+        "--training.seq_len=100 --training.local_batch_size=4 --validation.seq_len=9",
         "--fp8.recipe=tensorwise --fp8.loss_scale.enable",
         "--parallelism.data_parallel_replicate_degree=2 --parallelism.data_parallel_shard_degree=2",
         "--activation_checkpoint.mode=memory_budget --compile.enable",
