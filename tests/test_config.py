@@ -333,6 +333,7 @@ def test_broken_combination_names_both_sources():
         ("--parallelism.data_parallel_replicate_degree=2 --parallelism.data_parallel_shard_degree=1", "DDP"),
         ("--memory_estimation.enable", "[memory_estimation] enable must be false"),
         ("--fault_tolerance.enable", "[fault_tolerance] enable must be false"),
+        ("--training.enable_cpu_offload", "[training] enable_cpu_offload must be false: it is not supported"),
         ("--activation_checkpoint.mode=memory_budget", "[activation_checkpoint] mode needs [compile] enable"),
         ("--activation_checkpoint.selective_ac_option=ops", 'selective_ac_option must be'),
         ("--training.global_batch_size=9", "must be a multiple of local_batch_size (8), got 9"),

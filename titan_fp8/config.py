@@ -721,9 +721,6 @@ def _broken_rules(c: Any) -> Iterator[tuple[str, str, str]]:
             f"must be {' or '.join(names)}{' with [optimizer.fp8] enable = true' if moments.enable else ''}"
         )
         yield "optimizer.name", rule, 'write "AdamW"'
-    if moments.enable and c.training.enable_cpu_offload:
-        rule = "must be false with [optimizer.fp8] enable = true: its kernel runs on the GPU"
-        yield "training.enable_cpu_offload", rule, "leave it out"
     if moments.enable and moments.round_parameters == "stochastic" and c.training.dtype != "bfloat16":
         rule = f'"stochastic" needs [training] dtype = "bfloat16", not "{c.training.dtype}"'
         yield "optimizer.fp8.round_parameters", rule, 'set that, or write "nearest"'
@@ -738,7 +735,7 @@ def _broken_rules(c: Any) -> Iterator[tuple[str, str, str]]:
             "must be 1 where the shard degree is 1: plain DDP in torchtitan 0.2.2 shrinks the gradient norm"
         )
         yield "parallelism.data_parallel_replicate_degree", rule, "use FSDP (1, -1) or HSDP (both above 1)"
-    for key in ("memory_estimation.enable", "fault_tolerance.enable"):
+    for key in ("memory_estimation.enable", "fault_tolerance.enable", "training.enable_cpu_offload"):
         if _get(c, key):
             yield key, "must be false: it is not supported", "leave it out"
 
