@@ -21,6 +21,8 @@ from torch.distributed.checkpoint import filesystem
 from titan_fp8.checkpoint import FP8_STATE, SafeCheckpointManager, _file_trouble, compare_weights
 from titan_fp8.checkpoint_folder import complete_steps, tidy
 from titan_fp8.errors import UserError
+from titan_fp8.float8.formats import E4M3, E5M2
+from titan_fp8.float8.scaling import DelayedScaling, Recipe, TensorScale
 
 pytestmark = pytest.mark.usefixtures("gloo")
 
@@ -418,6 +420,34 @@ def test_fp8_state_is_restored(tmp_path, caplog):
     assert fourth.manager.load() and same(first.state(), fourth.state())
     assert "does not fit (float8_state.amaxes)" in caplog.text
     assert FP8_STATE == "float8_state."
+
+
+def test_fp8_state_of_other_tensors_is_not_taken(tmp_path, caplog):
+    """Of as many tensors, so the shapes fit: another filter, or another format of attention's gradients."""
+
+    def scaled(names: str, dtype: torch.dtype, older: bool = False) -> Tiny:
+        model = Tiny()
+        model.float8_state = DelayedScaling({name: TensorScale(dtype) for name in names}, Recipe(history=3))
+        model.float8_state.init_weights()
+        if older:  # as it was saved before names and formats were told
+            buffers = model.float8_state._buffers
+            del buffers[next(name for name in buffers if name.startswith("tensors_and_formats_"))]
+        return model
+
+    for older in (False, True):
+        base = tmp_path / f"older {older}"
+        first = Run(base, model=scaled("ab", E4M3, older))
+        first.model.float8_state.history.fill_(7)
+        first.train()
+        # A name that another process gives too.
+        assert older or "tensors_and_formats_8e0fb82b4b155ffb" in first.model.float8_state.state_dict()
+        for names, dtype in (("ab", E4M3), ("ac", E4M3), ("ba", E4M3), ("ab", E5M2)):
+            caplog.clear()
+            second = Run(base, model=scaled(names, dtype))
+            assert second.manager.load() and same(first.state(), second.state())
+            taken = older or (names, dtype) == ("ab", E4M3)
+            assert bool((second.model.float8_state.history == 7).all()) is taken, (names, dtype)
+            assert ("does not fit (float8_state.tensors_and_formats_" in caplog.text) is not taken
 
 
 def test_load_step_that_does_not_exist(tmp_path, place):

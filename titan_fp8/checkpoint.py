@@ -449,6 +449,10 @@ def _fp8_state_matches(state_dict: dict[str, Any], metadata: Metadata) -> bool:
     entries = metadata.state_dict_metadata
     saved = {name: entry for name, entry in entries.items() if name.startswith(FP8_STATE)}
     wanted = {name: value for name, value in state_dict.items() if name.startswith(FP8_STATE)}
+    whose = f"{FP8_STATE}tensors_and_formats_"
+    if not any(name.startswith(whose) for name in saved):  # an older checkpoint: names and shapes must do
+        for name in [name for name in wanted if name.startswith(whose)]:
+            del wanted[name], state_dict[name]
     if unknown := [name for name in saved if name not in wanted]:
         logger.info("FP8 state in the checkpoint that this model lacks is ignored: %s", _first(unknown))
     unfit = [

@@ -722,9 +722,6 @@ def _broken_rules(c: Any) -> Iterator[tuple[str, str, str]]:
             f"must be {' or '.join(names)}{' with [optimizer.fp8] enable = true' if moments.enable else ''}"
         )
         yield "optimizer.name", rule, 'write "AdamW"'
-    if moments.enable and c.training.enable_cpu_offload:
-        rule = "must be false with [optimizer.fp8] enable = true: its kernel runs on the GPU"
-        yield "training.enable_cpu_offload", rule, "leave it out"
     if moments.enable and moments.round_parameters == "stochastic" and c.training.dtype != "bfloat16":
         rule = f'"stochastic" needs [training] dtype = "bfloat16", not "{c.training.dtype}"'
         yield "optimizer.fp8.round_parameters", rule, 'set that, or write "nearest"'
@@ -733,13 +730,13 @@ def _broken_rules(c: Any) -> Iterator[tuple[str, str, str]]:
     for name in ("pipeline", "context", "expert", "expert_tensor"):
         if _get(c, key := f"parallelism.{name}_parallel_degree") > 1:
             yield key, "must be 1: this parallelism is not supported", supported
-    yield from _unfit_for_tensor_parallel(c)
+    yield from _unfit_shapes(c)
     if c.parallelism.data_parallel_replicate_degree > 1 and c.parallelism.data_parallel_shard_degree == 1:
         rule = (
             "must be 1 where the shard degree is 1: plain DDP in torchtitan 0.2.2 shrinks the gradient norm"
         )
         yield "parallelism.data_parallel_replicate_degree", rule, "use FSDP (1, -1) or HSDP (both above 1)"
-    for key in ("memory_estimation.enable", "fault_tolerance.enable"):
+    for key in ("memory_estimation.enable", "fault_tolerance.enable", "training.enable_cpu_offload"):
         if _get(c, key):
             yield key, "must be false: it is not supported", "leave it out"
 
@@ -804,13 +801,12 @@ def _unanswerable(c: Any) -> Iterator[tuple[str, str, str]]:
         yield "checkpoint.keep_latest_k", rule, f"write {-(-every // c.checkpoint.interval) + 1}"
 
 
-def _unfit_for_tensor_parallel(c: Any) -> Iterator[tuple[str, str, str]]:
+def _unfit_shapes(c: Any) -> Iterator[tuple[str, str, str]]:
+    """What tensor-parallel ranks cannot share, and rows of a micro-batch that FP8 GEMMs cannot take."""
     degree, off = c.parallelism.tensor_parallel_degree, "leave it out"
     if c.parallelism.enable_async_tensor_parallel:
         yield "parallelism.enable_async_tensor_parallel", "must be false: it is not supported", off
-    if degree == 1:
-        return
-    if c.parallelism.disable_loss_parallel:
+    if degree > 1 and c.parallelism.disable_loss_parallel:
         yield (
             "parallelism.disable_loss_parallel",
             "must be false: the loss is always computed in parallel",
@@ -824,5 +820,8 @@ def _unfit_for_tensor_parallel(c: Any) -> Iterator[tuple[str, str, str]]:
             rule = f"must be a multiple of tensor_parallel_degree ({degree}): every rank has a stretch of each sequence"
             yield key, rule, f"write {-(-section.seq_len // degree) * degree}"
         elif c.fp8.recipe != "bf16" and rows // degree % 16:
-            rule = f"* local_batch_size must be a multiple of 16 * tensor_parallel_degree ({16 * degree}) for FP8 GEMMs"
+            many = f"16 * tensor_parallel_degree ({16 * degree})" if degree > 1 else "16"
+            rule = (
+                f"* local_batch_size ({section.local_batch_size}) must be a multiple of {many} for FP8 GEMMs"
+            )
             yield key, rule, "change one of them"
