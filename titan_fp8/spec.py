@@ -5,13 +5,14 @@ This is the target of `[experimental] custom_import`; importing it is its only e
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection
 from typing import Any
 
 import torch
 from torch import nn
 from torchtitan.components.loss import build_cross_entropy_loss
-from torchtitan.components.lr_scheduler import build_lr_schedulers
+from torchtitan.components.lr_scheduler import LRSchedulersContainer, build_lr_schedulers
 from torchtitan.components.optimizer import OptimizersContainer
 from torchtitan.protocols.model_converter import register_model_converter
 from torchtitan.protocols.train_spec import TrainSpec, register_train_spec
@@ -49,6 +50,8 @@ class Optimizers(OptimizersContainer):
 
     `prepare_to_load(names)`, names being what a checkpoint holds for the optimizer, makes the next `state_dict` ask for what
     is there, or refuse. Without it torch's checkpointing finds names missing.
+
+    A load brings steps and moments; learning rate, betas, eps and weight decay stay as configured.
     """
 
     saved: Collection[str] = ()
@@ -65,7 +68,35 @@ class Optimizers(OptimizersContainer):
         for optimizer in self.optimizers:
             if isinstance(optimizer, Fp8AdamW):
                 state_dict = adopt_plain(state_dict, self.state_dict(), optimizer.block_size)
+        kept = [
+            {key: value for key, value in group.items() if key != "params"}
+            for optimizer in self.optimizers
+            for group in optimizer.param_groups
+        ]
         super().load_state_dict(state_dict)
+        groups = (group for optimizer in self.optimizers for group in optimizer.param_groups)
+        for group, settings in zip(groups, kept, strict=True):
+            group.update(settings)
+
+
+class Schedules(LRSchedulersContainer):
+    """torchtitan's learning rate schedules. A load brings the step; the rate at it is what the configuration says.
+
+    Args: as of torchtitan's TrainSpec.build_lr_schedulers_fn.
+    """
+
+    def __init__(self, optimizers: OptimizersContainer, config: Any, training_steps: int):
+        self.schedulers = build_lr_schedulers(optimizers, config, training_steps).schedulers
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        for scheduler in self.schedulers:
+            base_lrs = scheduler.base_lrs
+            scheduler.load_state_dict(copy.deepcopy(state_dict))
+            scheduler.base_lrs = base_lrs
+            factors = [factor(scheduler.last_epoch) for factor in scheduler.lr_lambdas]
+            scheduler._last_lr = [lr * factor for lr, factor in zip(base_lrs, factors, strict=True)]
+            for group, lr in zip(scheduler.optimizer.param_groups, scheduler._last_lr, strict=True):
+                group["lr"] = lr
 
 
 def build_optimizers(model_parts: list[nn.Module], config: Any, parallel_dims: Any) -> OptimizersContainer:
@@ -91,7 +122,7 @@ register_train_spec(
         parallelize_fn=parallelize,
         pipelining_fn=None,
         build_optimizers_fn=build_optimizers,
-        build_lr_schedulers_fn=build_lr_schedulers,
+        build_lr_schedulers_fn=Schedules,
         build_dataloader_fn=build_dataloader,
         build_tokenizer_fn=build_tokenizer,
         build_loss_fn=build_cross_entropy_loss,
