@@ -16,16 +16,18 @@ from torchtitan.components.lr_scheduler import LRSchedulersContainer, build_lr_s
 from torchtitan.components.optimizer import OptimizersContainer
 from torchtitan.protocols.model_converter import register_model_converter
 from torchtitan.protocols.train_spec import TrainSpec, register_train_spec
+from torchtitan.tools.logging import logger
 
 from titan_fp8.data import tokenizer as tokenizers
 from titan_fp8.data.dataset import build_dataloader
 from titan_fp8.errors import UserError
 from titan_fp8.float8.convert import Float8Converter
+from titan_fp8.float8.formats import is_fp8
 from titan_fp8.model.args import FLAVORS
 from titan_fp8.model.decoder import Decoder
 from titan_fp8.model.hf import LlamaAdapter
 from titan_fp8.model.parallelize import parallelize
-from titan_fp8.optim import Fp8AdamW, adopt_plain, plain_destinations
+from titan_fp8.optim import Fp8AdamW, adopt_plain, plain_destinations, without_blocks
 from titan_fp8.stability.processor import build_metrics_processor
 from titan_fp8.validate import build_validator
 
@@ -61,7 +63,10 @@ class Optimizers(OptimizersContainer):
 
     def state_dict(self) -> dict[str, Any]:
         own = super().state_dict()
-        return plain_destinations(own, self.saved) if self.saved else own
+        if not self.saved:
+            return own
+        block = next((o.block_size for o in self.optimizers if isinstance(o, Fp8AdamW)), 0)
+        return plain_destinations(own, self.saved, block)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.saved = ()
@@ -111,7 +116,15 @@ def build_optimizers(model_parts: list[nn.Module], config: Any, parallel_dims: A
     if not fp8.enable:
         return Optimizers(model_parts, getattr(torch.optim, config.name), settings | {"fused": True})
     names = ("first_moment", "second_moment", "block_size", "round_moments", "round_parameters")
-    return Optimizers(model_parts, Fp8AdamW, settings | {name: getattr(fp8, name) for name in names})
+    optimizers = Optimizers(model_parts, Fp8AdamW, settings | {name: getattr(fp8, name) for name in names})
+    parameters = [(name, p) for model in model_parts for name, p in model.named_parameters()]
+    coded = any(is_fp8(dtype) for optimizer in optimizers for dtype in optimizer.formats.values())
+    if coded and (ragged := without_blocks(parameters, fp8.block_size)):
+        logger.warning(
+            f"The FP8 moments of {len(ragged)} matrices are float32: tensor parallel cuts their rows inside a block of "
+            f"{fp8.block_size}. A smaller optimizer.fp8.block_size may divide them. They are: {', '.join(ragged)}"
+        )
+    return optimizers
 
 
 register_train_spec(
