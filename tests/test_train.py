@@ -66,6 +66,32 @@ def test_resume_is_bit_exact_and_fp8_state_is_in_the_checkpoint(make, tmp_path):
     assert (resumed.scaling.history > 0).all()
 
 
+@pytest.mark.parametrize("fp8", ["false", "true"])
+def test_resuming_takes_the_optimizers_settings_from_the_configuration(make, tmp_path, fp8):
+    """Not from the checkpoint: a lower learning rate is what one resumes with after a spike. A roll-back does the same."""
+    common = [f"--optimizer.fp8.enable={fp8}", "--checkpoint.interval=2", "--lr_scheduler.decay_ratio=0.5"]
+    make(*common, "--training.steps=4", "--lr_scheduler.total_steps=5", "--optimizer.lr=1e-3").train()
+    new = [
+        "--optimizer.lr=1e-5",
+        "--optimizer.weight_decay=0.5",
+        "--optimizer.beta1=0.5",
+        "--optimizer.eps=1e-7",
+    ]
+    trainer = make(*common, *new, "--training.steps=6", "--lr_scheduler.total_steps=12")
+
+    def settings() -> list:
+        (group,) = trainer.optimizers.optimizers[0].param_groups
+        return [group[key] for key in ("initial_lr", "weight_decay", "betas", "eps")]
+
+    before = settings()
+    trainer.train()
+    assert settings() == before == [1e-5, 0.5, (0.5, 0.95), 1e-7]
+    # The first run's rate fell from step 5 on. In 12 steps it falls after the sixth.
+    assert [rows(tmp_path)[step]["lr"] for step in (4, 5, 6)] == [1e-3, 1e-5, 1e-5]
+    trainer.checkpointer.roll_back(4)
+    assert settings() == before and trainer.lr_schedulers.schedulers[0].get_last_lr() == [1e-5]
+
+
 @pytest.mark.parametrize("recipe", ["bf16", "tensorwise", "delayed"])
 def test_every_recipe_trains(make, tmp_path, recipe):
     attention = "full" if recipe == "delayed" else "off"
