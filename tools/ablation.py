@@ -549,6 +549,7 @@ def draw(result: dict[str, Any], out: Path) -> None:
             right.set_yticks(range(len(rows)), [row["arm"] for row in rows], fontsize=8)
             right.invert_yaxis()
             right.grid(visible=False, axis="y")
+            right.set_axisbelow(True)
             right.axvline(0, color=GREY, linewidth=1)
             right.set_title("Held-out loss over the base line's, %")
             if lines:

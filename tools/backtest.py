@@ -1,6 +1,6 @@
 """Replay recorded runs through the predictor: was each divergence foretold, how early, and what did it cost in false alarms?
 
-    python tools/backtest.py RUN [MORE...] [--tune] [--half first|second] [--healthy 'calm-*']
+    python tools/backtest.py RUN [MORE...] [--tune] [--half first|second] [--healthy 'calm-*'] [--every 10]
                              [--out backtest.json] [--picture backtest.png]
 
 RUN is a run folder, or a recording *.jsonl or *.jsonl.gz as titan_fp8.stability.journal writes it.
@@ -21,6 +21,7 @@ ROC: for each threshold, the share of divergences warned of (a lead of 0 counts;
     healthy runs with a false alarm.
 Halves: the first is the runs whose name has an even SHA-256. --tune: the threshold is chosen on it, the report is about the
     second. --half: the report is about that half, at --threshold.
+--every N: the predictor gets only what `metrics.log_freq = N` would have logged. Divergences are judged on all rows.
 """
 
 from __future__ import annotations
@@ -156,8 +157,11 @@ def divergence(losses: Floats) -> int | None:
     return None
 
 
-def replay(name: str, rows: list[dict[str, Any]], healthy: str = "*") -> Replay:
-    """Stream a recording through a fresh predictor. `healthy`: names of runs that are, unless they diverge."""
+def replay(name: str, rows: list[dict[str, Any]], healthy: str = "*", every: int = 1) -> Replay:
+    """Stream a recording through a fresh predictor, or of its rows those with `metrics.log_freq = every`.
+
+    `healthy`: names of runs that are, unless they diverge.
+    """
     starts = [row for row in rows if row.get("kind") == "run"]
     predictor = Predictor(parameters_of(starts[0] if starts else {}))
     predictions, steps, losses, told = [], [], [], []
@@ -165,13 +169,17 @@ def replay(name: str, rows: list[dict[str, Any]], healthy: str = "*") -> Replay:
         if row.get("kind") == "run":
             continue
         values = series_of(row)
-        predictions.append(predictor.update(row["step"], values))
-        steps.append(row["step"])
-        losses.append(values.get("loss", math.nan))
-        told.append("loss" in values)
-    where = np.flatnonzero(told)
-    off = divergence(np.array(losses)[where]) if len(where) else None
-    off = None if off is None else int(where[off])
+        if "loss" in values:
+            told.append((row["step"], values["loss"]))
+        if row["step"] == 1 or row["step"] % every == 0:
+            predictions.append(predictor.update(row["step"], values))
+            steps.append(row["step"])
+            losses.append(values.get("loss", math.nan))
+    if not steps:
+        raise UserError(f"--every must leave a row of each run, got {every} for {name}: choose a smaller one")
+    off = divergence(np.array([loss for _, loss in told])) if told else None
+    if off is not None:  # the last row that is there before it
+        off = max(int(np.searchsorted(steps, told[off][0], "right")) - 1, 0)
     matches = fnmatch.fnmatchcase(name, healthy)
     return Replay(name, np.array(steps), np.array(losses), predictions, off, off is None and matches)
 
@@ -400,6 +408,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--healthy", default="*", metavar="GLOB", help="names of runs that are healthy unless they diverge"
     )
+    parser.add_argument(
+        "--every", type=int, default=1, metavar="N", help="rows as metrics.log_freq = N leaves them"
+    )
     parser.add_argument("--out", type=Path, help="JSON to write")
     parser.add_argument("--picture", type=Path, help="picture to write (png, svg, pdf)")
     options = parser.parse_args(arguments)
@@ -410,6 +421,8 @@ def main(arguments: list[str] | None = None) -> int:
             )
         if options.rows < 1:
             raise UserError(f"--rows must be at least 1, got {options.rows}: 3 is the default")
+        if options.every < 1:
+            raise UserError(f"--every must be at least 1, got {options.every}: 1 is every step")
         names = [_name(path) for path in options.runs]
         names = names if len(set(names)) == len(names) else [str(path) for path in options.runs]
         if options.tune and options.half:
@@ -421,7 +434,7 @@ def main(arguments: list[str] | None = None) -> int:
         ]
         if not pairs:
             raise UserError(f"--half {options.half} needs runs in that half, got none there: add runs")
-        runs = [replay(name, read(path), options.healthy) for name, path in pairs]
+        runs = [replay(name, read(path), options.healthy, options.every) for name, path in pairs]
         threshold, tuned_on = options.threshold, []
         if options.tune:
             tuned_on = [run for run in runs if first_half(run.name)]
@@ -434,6 +447,7 @@ def main(arguments: list[str] | None = None) -> int:
         report = {
             "threshold": threshold,
             "rows": options.rows,
+            "every": options.every,
             "tuned_on": [run.name for run in tuned_on],
             "half": "second" if options.tune else options.half,
             "healthy": options.healthy,

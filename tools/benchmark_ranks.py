@@ -6,7 +6,7 @@ Every variant is the whole model in bf16, its optimizer's moments too (the gradi
 default), FSDP2 over all ranks or over those that --tp leaves, torch.compile per block, fused AdamW, clipping; stock
 torchtitan's Llama is parallelised by torchtitan's own function, with torchao's float8 linears, float8 all-gather and
 precomputed scales as its documentation recommends. Variants run one after another, since two 8B models do not fit. A
-step is timed by CUDA events on every rank; the slowest rank counts; figures are medians.
+step's time is the host's clock over --steps of them back to back, their mean; the slowest rank counts.
 
 From a profile of rank 0: time of NCCL kernels, how much of it no other kernel covers ("exposed"), and the bytes that each
 kind of collective receives. Beside them stands what tools/plan.py says of the same layout. With gloo, on CPU, there is no

@@ -121,6 +121,17 @@ def reference(axis: Any, y: float, text: str = "") -> None:
     )
 
 
+def log_scale(axis: Any) -> None:
+    """The y axis, for what is drawn on it: ticks are plain numbers, between powers of ten too if there are few."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    axis.set_yscale("log")
+    low, high = axis.get_ylim()
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 300 * low else (1,)))
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.yaxis.set_minor_locator(NullLocator())
+
+
 def mark_broken(axis: Any, steps: list[int], color: str) -> None:
     """Crosses on the lower edge: a value that is not finite has no height."""
     if steps:  # matplotlib cannot lay out an empty line that is not clipped

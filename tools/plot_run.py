@@ -26,7 +26,18 @@ from numpy.typing import NDArray
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a checkout, installed or not
 
-from plot_parts import COLORS, STYLE, Run, dot_if_alone, load, mark_broken, pyplot, reference, save_figure
+from plot_parts import (
+    COLORS,
+    STYLE,
+    Run,
+    dot_if_alone,
+    load,
+    log_scale,
+    mark_broken,
+    pyplot,
+    reference,
+    save_figure,
+)
 
 from titan_fp8.errors import UserError
 from titan_fp8.stability.predictor import split_name
@@ -125,7 +136,7 @@ CURVES = {
 
 
 def _curve(axis: Any, runs: list[Run], name: str) -> None:
-    from matplotlib.ticker import EngFormatter, LogLocator, NullLocator
+    from matplotlib.ticker import EngFormatter
 
     axis.set(title=CURVES[name])
     for run, color in zip(runs, COLORS, strict=False):
@@ -133,11 +144,7 @@ def _curve(axis: Any, runs: list[Run], name: str) -> None:
         axis.plot(steps, values, color=color, **dot_if_alone(values))
         mark_broken(axis, broken, color)
     if name == "grad_norm":
-        axis.set_yscale("log")
-        low, high = axis.get_ylim()
-        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 300 * low else (1,)))
-        axis.yaxis.set_major_formatter("{x:g}")
-        axis.yaxis.set_minor_locator(NullLocator())
+        log_scale(axis)
     elif name == "fp8.max_saturation":
         axis.set_ylim(bottom=0, top=max(1.15, axis.get_ylim()[1]))
         reference(axis, 1.0)
@@ -147,8 +154,6 @@ def _curve(axis: Any, runs: list[Run], name: str) -> None:
 
 
 def _loss(axis: Any, runs: list[Run]) -> None:
-    from matplotlib.ticker import LogLocator, NullLocator
-
     axis.set(title="Loss (nats per token)")
     alone = len(runs) == 1
     for run, color in zip(runs, COLORS, strict=False):
@@ -167,10 +172,7 @@ def _loss(axis: Any, runs: list[Run]) -> None:
     if (
         len(losses) and losses.max() > 3 * np.median(losses) and losses.min() > 0
     ):  # a spike would flatten all else
-        axis.set_yscale("log")
-        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7)))
-        axis.yaxis.set_major_formatter("{x:g}")
-        axis.yaxis.set_minor_locator(NullLocator())
+        log_scale(axis)
     axis.legend(loc="best" if alone else "upper right")
     # Runs on the same text share this line; draw each value once.
     for entropy in {run.about.get("unigram_entropy") for run in runs} - {None}:
@@ -183,13 +185,15 @@ def _first_alarm(run: Run) -> int | None:
 
 
 def _risk(axis: Any, run: Run) -> None:
-    """The risk, filled, and under it a strip with the leading causes."""
+    """The risk, filled, and, where there are any, under it a strip with the leading causes."""
     steps, risks, _ = run.series("risk")
-    title = f"Predicted risk of divergence ({WARN:g} warns, {ALERT:g} alerts), and under it the leading cause"
-    axis.set(title=title, ylim=(-0.5, 1.02), yticks=[0, WARN, ALERT])
+    causes = _causes(run)
+    title = f"Predicted risk of divergence ({WARN:g} warns, {ALERT:g} alerts)"
+    title += ", and under it the leading cause" if causes else ""
+    axis.set(title=title, ylim=(-0.5 if causes else -0.03, 1.02), yticks=[0, WARN, ALERT])
     axis.plot(steps, risks, color=RED, **dot_if_alone(risks))
     axis.fill_between(steps, 0, risks, color=RED, alpha=0.15, linewidth=0)
-    for first, last, cause in _causes(run):
+    for first, last, cause in causes:
         axis.axvspan(first, last, ymin=0.01, ymax=0.3, facecolor="#F3E3D3", edgecolor="white", linewidth=1.5)
         layer, site, statistic = split_name(cause)
         where = [
@@ -260,7 +264,7 @@ def _alignment(axis: Any, run: Run, table: Table) -> None:
 def _logits(axis: Any, run: Run, table: Table) -> None:
     _by_layer(axis, run, table, "Largest attention logit")
     if max(np.nanmax(values) for values in table.values()) > 100:  # what grows, grows by orders of magnitude
-        axis.set_yscale("log")
+        log_scale(axis)
         axis.set_ylim(bottom=max(axis.get_ylim()[0], 0.01))
     else:
         axis.set_ylim(bottom=0)

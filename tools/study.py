@@ -476,7 +476,7 @@ def smooth(values: list[float], width: int) -> list[float]:
 
 def draw(study: Study, arms: list[Arm], baseline: Arm, out: Path) -> None:
     """Loss over tokens; the difference to the baseline; kurtosis over tokens by site, the largest of all layers."""
-    from plot_parts import STYLE, pyplot, save_figure
+    from plot_parts import STYLE, log_scale, pyplot, save_figure
 
     plt = pyplot()
 
@@ -537,17 +537,22 @@ def draw(study: Study, arms: list[Arm], baseline: Arm, out: Path) -> None:
                     ]  # fmt: skip
                     if points:
                         axis.plot(*zip(*points, strict=True), color=colors[i % 20], linewidth=0.9)
-            axis.set(yscale="log", title=f"Kurtosis, {site}: largest layer")
+            axis.set(title=f"Kurtosis, {site}: largest layer")
+            log_scale(axis)
         save_figure(figure, out)
         plt.close(figure)
 
 
-def report(studies: list[Study], out: Path) -> str:
-    """The Markdown of STUDY.md; pictures are written beside the studies. Raises UserError where no run has ended."""
+def report(studies: list[Study], out: Path | None) -> str:
+    """The Markdown of STUDY.md. With `out`, pictures are written beside the studies.
+
+    Raises UserError where no run has ended.
+    """
+    paths = " ".join(os.path.relpath(study.path, ROOT) for study in studies)
     lines = [
         "# Studies",
         "",
-        f"Written by `python tools/study.py report {' '.join(os.path.relpath(s.path, ROOT) for s in studies)}`; "
+        f"Written by `python tools/study.py report {paths} --out STUDY.md`; "
         "the rows behind it are in each study's folder `results/`.",
         "",
         "Loss: the last on held-out text, mean ± standard deviation over seeds (or, where a study has no validation, of the "
@@ -565,7 +570,8 @@ def report(studies: list[Study], out: Path) -> str:
         arms = [arm for name in study.arms if (arm := read_arm(name, study.runs)).runs]
         baseline = next((arm for arm in arms if arm.name == study.baseline), arms[0])
         picture = study.folder / "curves.png"
-        draw(study, arms, baseline, picture)
+        if out:
+            draw(study, arms, baseline, picture)
         outcomes = [outcome for arm in arms for outcome in arm.outcomes]
         told = {
             key: sorted({str(outcome[key]) for outcome in outcomes})
@@ -584,9 +590,10 @@ def report(studies: list[Study], out: Path) -> str:
         ]
         if not all(arm.validated for arm in arms):
             lines += ["No validation: losses are of training."]
+        if out:
+            lines += ["", f"![curves]({os.path.relpath(picture, out.parent)})"]
         lines += [
-            "", f"![curves]({os.path.relpath(picture, out.parent)})", "",
-            f"`python tools/study.py run {os.path.relpath(study.path, ROOT)}`, on {', '.join(told['device'])}, torch "
+            "", f"`python tools/study.py run {os.path.relpath(study.path, ROOT)}`, on {', '.join(told['device'])}, torch "
             f"{', '.join(told['torch'])}, commits {', '.join(told['titan_fp8'])}.",
         ]  # fmt: skip
     return "\n".join(lines) + "\n"
@@ -614,7 +621,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=math.inf, help="stop, and save, after so long")
     parser.add_argument("--arms", help="names with commas; default all")
     parser.add_argument("--seeds", help="numbers with commas; default all")
-    parser.add_argument("--out", type=Path, help="for report: the Markdown file; default: on the terminal")
+    parser.add_argument("--out", type=Path, help="for report: the Markdown file; without it no pictures")
     options = parser.parse_args(arguments)
     try:
         studies = [load(path.resolve()) for path in options.studies]
@@ -625,7 +632,7 @@ def main(arguments: list[str] | None = None) -> int:
         if options.command == "status":
             print(status(studies[0]))
         elif options.command == "report":
-            text = report(studies, (options.out or Path("STUDY.md")).resolve())
+            text = report(studies, options.out and options.out.resolve())
             if options.out:
                 save(options.out, lambda path: path.write_text(text))
             else:

@@ -263,6 +263,17 @@ def test_an_undecided_run_is_neither_healthy_nor_a_divergence(backtest):
     )
 
 
+def test_thinned_rows_as_log_freq_leaves_them_and_the_divergence_of_all_rows(backtest):
+    """Rows 250 to 289 are off: four rows of 41 would be a spike, all 40 are none."""
+    losses = changed(falling(), 250, 290, 2.0)
+    rows = [{"kind": "train", "step": i + 1, "loss": float(x)} for i, x in enumerate(losses)]
+    whole, thinned = backtest.replay("a", rows), backtest.replay("a", rows, every=10)
+    assert whole.steps[whole.off] == 251 and thinned.steps[thinned.off] == 250
+    assert thinned.steps.tolist() == [1, *range(10, 401, 10)]
+    assert [p.step for p in thinned.predictions] == thinned.steps.tolist()
+    refusal(lambda: backtest.replay("a", rows[1:], every=500), "--every must leave a row", "got 500")
+
+
 def write(path, rows):
     data = "".join(json.dumps(row) + "\n" for row in rows).encode()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -293,6 +304,7 @@ def test_recordings_plain_packed_and_torn(backtest, tmp_path):
         (["{packed}"], "got "),
         (["{run}", "--threshold", "2"], "--threshold must be above 0 and at most 1, got 2"),
         (["{run}", "--rows", "0"], "--rows must be at least 1, got 0"),
+        (["{run}", "--every", "0"], "--every must be at least 1, got 0"),
         (["{run}", "--tune"], "--tune needs a divergence and a healthy run"),
         (["{run}", "--tune", "--half", "first"], "--half cannot go with --tune"),
         (["{run}", "--half", "second"], "--half second needs runs in that half, got none"),

@@ -130,10 +130,28 @@ def test_70b_on_4096_gpus_without_one(run):
     )
 
 
+def test_small_layers_wait_for_the_host_and_what_is_not_measured_is_said(tool, run):
+    debug, fog = (str(ROOT / "train_configs" / f"{name}.toml") for name in ("debug", "fog_8b"))
+    result = json.loads(run(debug, "--gpus", "8", "--json")[1])
+    layers = FLAVORS["debug"].n_layers
+    assert result["milliseconds"]["step"] == pytest.approx(tool.LAUNCHES_MS * layers)
+    host, nominal = "the host's launches", "network rates are nominal"
+    assert host in run(debug, "--gpus", "8")[1]
+    for arguments, said in {
+        ("8", "h100", "1"): (),
+        ("8", "h100", "2"): (host,),
+        ("16", "h200", "1"): (nominal,),
+    }.items():
+        gpus, gpu, tp = arguments
+        out = run(fog, "--gpus", gpus, "--gpu", gpu, "--tp", tp)[1]
+        assert [words for words in (host, nominal) if words in out] == list(said)
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--gpus", "6", "--tp", "4"], "--gpus must be a positive multiple of TP 4"),
+        (["--gpus", "6", "--tp", "4"], "got 6 of TP 4"),
+        (["--gpus", "8", "--tp", "0"], "--tp (at least 1) times replicas, got 8 of TP 0"),
         (["--gpus", "8", "--parallelism.data_parallel_shard_degree=4"], "must be --gpus 8"),
         (["--gpus", "96"], "global_batch_size must be a multiple"),
         (["--gpus", "16", "--tp", "16"], "TP must divide"),

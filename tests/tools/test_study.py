@@ -118,6 +118,8 @@ def test_runs_stop_go_on_and_are_reported(tiny, tmp_path, capsys):
         assert study.main(["run", str(tiny), "--arms", run.arm]) == 0
         assert run.result.stat().st_mtime_ns == written
     capsys.readouterr()
+    assert study.main(["report", str(tiny)]) == 0 and "curves" not in capsys.readouterr().out
+    assert not (loaded.folder / "curves.png").exists()
     assert study.main(["report", str(tiny), "--out", str(tmp_path / "STUDY.md")]) == 0
     text = (tmp_path / "STUDY.md").read_text()
     assert "## A test" in text and "What it asks." in text and "| FOG full | 1 | 0.0 M |" in text
