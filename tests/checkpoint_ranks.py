@@ -21,6 +21,7 @@ from test_checkpoint import Adapter, Run, Tiny, same  # noqa: E402
 from torch.distributed.device_mesh import init_device_mesh  # noqa: E402
 from torch.distributed.fsdp import fully_shard  # noqa: E402
 
+from titan_fp8 import checkpoint  # noqa: E402
 from titan_fp8.errors import UserError  # noqa: E402
 
 
@@ -59,6 +60,22 @@ def check(base: Path, mode: str) -> None:
     assert sorted(os.listdir(folder)) == ["step-2", "step-3"]
 
 
+def check_unshared(base: Path) -> None:
+    """Two machines with disks of their own, as it looks to them: a relative folder, another working folder for each."""
+    home, own = os.getcwd(), base / f"node{dist.get_rank()}"
+    own.mkdir()
+    os.chdir(own)
+    checkpoint.SEEN_WITHIN = 0.5
+    try:
+        Run(Path("out"), sharded())
+    except UserError as error:
+        assert f"must be one folder for all machines, got {base}/node1/out/checkpoint on" in str(error), error
+    else:
+        raise AssertionError("each rank has a folder of its own, and nobody said so")
+    os.chdir(home)
+    dist.barrier()
+
+
 def check_export(base: Path) -> None:
     adapter = Adapter({"up.weight": 1, "down.weight": 2})  # one file for each rank to put together
     Run(base, sharded(), adapter=adapter, folder="hf", last_save_in_hf=True).train(last=True)
@@ -71,6 +88,7 @@ if __name__ == "__main__":
     for mode in ("disabled", "async"):
         check(Path(sys.argv[1]), mode)
     check_export(Path(sys.argv[1]))
+    check_unshared(Path(sys.argv[1]))
     dist.barrier()
     print("ok", flush=True)
     # Not through Python's shutdown: gloo's threads may hold tensors then, and torch, rarely, aborts.

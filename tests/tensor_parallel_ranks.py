@@ -62,9 +62,7 @@ def build(
         activation_checkpoint=ActivationCheckpoint(mode=mode),
         compile=SimpleNamespace(enable=compile, components=["model"], backend="aot_eager"),
         job=SimpleNamespace(dump_folder="."),
-        training=SimpleNamespace(
-            mixed_precision_param="float32", mixed_precision_reduce="float32", enable_cpu_offload=False
-        ),
+        training=SimpleNamespace(mixed_precision_param="float32", mixed_precision_reduce="float32"),
         parallelism=SimpleNamespace(fsdp_reshard_after_forward="default"),
     )
     args = DecoderArgs(dim=D, n_layers=LAYERS, n_heads=4, n_kv_heads=2, ffn_dim=64, seq_len=S)

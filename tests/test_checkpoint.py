@@ -21,6 +21,8 @@ from torch.distributed.checkpoint import filesystem
 from titan_fp8.checkpoint import FP8_STATE, SafeCheckpointManager, _file_trouble, compare_weights
 from titan_fp8.checkpoint_folder import complete_steps, tidy
 from titan_fp8.errors import UserError
+from titan_fp8.float8.formats import E4M3, E5M2
+from titan_fp8.float8.scaling import DelayedScaling, Recipe, TensorScale
 
 pytestmark = pytest.mark.usefixtures("gloo")
 
@@ -293,10 +295,17 @@ def test_write_error_of_another_rank():
 
 
 def test_folder_that_cannot_be_made(tmp_path):
+    """Told before the first step. What is only read need not be written."""
     (tmp_path / "checkpoint").write_text("a file")
     refusal(
-        Run(tmp_path).train, "could not save step-1", "Not a directory", "last good checkpoint is none yet"
+        lambda: Run(tmp_path),
+        "could not write checkpoints",
+        "Not a directory",
+        "last good checkpoint is none yet",
     )
+    Run(tmp_path, load_only=True)
+    Run(tmp_path, folder="probed")
+    assert not (tmp_path / "probed").exists()  # else checkpoint.initial_load_path would be ignored
 
 
 def test_errors_that_are_not_about_files_stay_themselves(tmp_path, place, monkeypatch):
@@ -420,10 +429,75 @@ def test_fp8_state_is_restored(tmp_path, caplog):
     assert FP8_STATE == "float8_state."
 
 
+def test_fp8_state_of_other_tensors_is_not_taken(tmp_path, caplog):
+    """Of as many tensors, so the shapes fit: another filter, or another format of attention's gradients."""
+
+    def scaled(names: str, dtype: torch.dtype, older: bool = False) -> Tiny:
+        model = Tiny()
+        model.float8_state = DelayedScaling({name: TensorScale(dtype) for name in names}, Recipe(history=3))
+        model.float8_state.init_weights()
+        if older:  # as it was saved before names and formats were told
+            buffers = model.float8_state._buffers
+            del buffers[next(name for name in buffers if name.startswith("tensors_and_formats_"))]
+        return model
+
+    for older in (False, True):
+        base = tmp_path / f"older {older}"
+        first = Run(base, model=scaled("ab", E4M3, older))
+        first.model.float8_state.history.fill_(7)
+        first.train()
+        # A name that another process gives too.
+        assert older or "tensors_and_formats_8e0fb82b4b155ffb" in first.model.float8_state.state_dict()
+        for names, dtype in (("ab", E4M3), ("ac", E4M3), ("ba", E4M3), ("ab", E5M2)):
+            caplog.clear()
+            second = Run(base, model=scaled(names, dtype))
+            assert second.manager.load() and same(first.state(), second.state())
+            taken = older or (names, dtype) == ("ab", E4M3)
+            assert bool((second.model.float8_state.history == 7).all()) is taken, (names, dtype)
+            assert ("does not fit (float8_state.tensors_and_formats_" in caplog.text) is not taken
+
+
 def test_load_step_that_does_not_exist(tmp_path, place):
     Run(tmp_path).train(3)
     refusal(lambda: Run(tmp_path).manager.load(step=7), "got 7", "there are: 1, 2, 3")
     refusal(lambda: Run(tmp_path, folder="elsewhere").manager.load(step=7), "there are: none")
+
+
+def test_load_step_sets_later_checkpoints_aside(tmp_path, place, caplog):
+    """Neither purged by the new history nor taken for it."""
+    run = Run(tmp_path, keep_latest_k=0).train(2)
+    second = run.state()
+    run.train(3)
+    again = Run(tmp_path, keep_latest_k=2)
+    assert again.manager.load(step=2) and again.counter.step == 2
+    assert complete_steps(place) == [1, 2] and complete_steps(place / "abandoned-1") == [3, 4, 5]
+    assert "later checkpoints (3, 4, 5) are in" in caplog.text and "Leave load_step out" in caplog.text
+    again.train(1).manager.close()
+    assert complete_steps(place) == [2, 3]
+    other = Run(tmp_path)
+    assert other.manager.load() and other.counter.step == 3
+    assert Run(tmp_path).manager.load(step=2)
+    assert complete_steps(place / "abandoned-1") == [3, 4, 5] and complete_steps(place / "abandoned-2") == [3]
+    assert sorted(os.listdir(place)) == [".taken-up", "abandoned-1", "abandoned-2", "step-2"]
+    looks = Run(tmp_path, folder="checkpoint/abandoned-1", load_only=True)
+    assert looks.manager.load(step=3) and looks.counter.step == 3 and not same(looks.state(), second)
+    assert complete_steps(place / "abandoned-1") == [3, 4, 5]
+
+
+def test_a_restart_keeps_what_was_trained_after_load_step(tmp_path, place, monkeypatch):
+    """torchrun starts a process that died again with the same load_step; a start by hand obeys it."""
+    Run(tmp_path).train(4)
+    for attempt, (start, trained) in enumerate([(2, 0), (2, 1), (3, 1), (4, 0)]):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(attempt))
+        run = Run(tmp_path)
+        if attempt == 0:
+            continue  # died before it had loaded anything: the next one has it to do
+        assert run.manager.load(step=2) and run.counter.step == start
+        run.train(trained)
+    assert complete_steps(place / "abandoned-1") == [3, 4]
+    monkeypatch.delenv("TORCHELASTIC_RESTART_COUNT")
+    run = Run(tmp_path)
+    assert run.manager.load(step=2) and run.counter.step == 2
 
 
 def test_model_only_last_save_cannot_be_resumed(tmp_path, place):
@@ -431,9 +505,9 @@ def test_model_only_last_save_cannot_be_resumed(tmp_path, place):
     run = Run(tmp_path)
     words = "step-2 lacks train_state, optimizer, lr_scheduler", "there are: 1, 2", "initial_load_path"
     refusal(run.manager.load, *words)
-    assert run.manager.load(step=1)
     fresh = Run(tmp_path, folder="new", initial_load_path=str(place / "step-2"))
     assert fresh.manager.load() and fresh.counter.step == 0
+    assert run.manager.load(step=1)
     full = Run(tmp_path, folder="full", last_save_model_only=False).train(2, last=True)
     assert Run(tmp_path, folder="full").manager.load() and full.counter.step == 2
 

@@ -21,7 +21,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-STEPS, SEQUENCES = 10, 8  # of the whole batch
+STEPS, SEQUENCES, SEQ_LEN = 10, 8, 32  # sequences of the whole batch
 
 # layout -> (processes, flags)
 LAYOUTS = {
@@ -109,7 +109,9 @@ def run(folder: Path, processes: int, cases: dict[str, list[str]], start: Path |
 
 def curve(folder: Path) -> list[tuple[float, float]]:
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [(row["loss"], row["grad_norm"]) for row in rows if row["kind"] == "train"]
+    rows = [row for row in rows if row["kind"] == "train"]
+    assert [row["tokens"] for row in rows] == [row["step"] * SEQUENCES * SEQ_LEN for row in rows]
+    return [(row["loss"], row["grad_norm"]) for row in rows]
 
 
 def common_flags(base: Path) -> list[str]:
@@ -120,7 +122,7 @@ def common_flags(base: Path) -> list[str]:
         words = " ".join(f"the {(i * 7 + j) % 23} quick brown foxes number {j % 11} jump" for j in range(150))
         (text / f"{i:02}.txt").write_text(words)
     common = {
-        "job.config_file": ROOT / "train_configs" / "debug.toml", "architecture.n_layers": 2, "training.seq_len": 32,
+        "job.config_file": ROOT / "train_configs" / "debug.toml", "architecture.n_layers": 2, "training.seq_len": SEQ_LEN,
         "training.global_batch_size": SEQUENCES, "training.steps": STEPS, "lr_scheduler.warmup_steps": 5,
         "optimizer.lr": 1e-3, "validation.enable": "false", "data.source": "files", "data.path": text,
         "data.held_out": 0.1, "metrics.log_freq": 1, "prometheus.enable": "false", "metrics.enable_tensorboard": "false",

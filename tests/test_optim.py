@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import optim_ranks as ranks
 import pytest
@@ -15,6 +16,8 @@ import torch
 import torch.distributed.checkpoint as dcp
 from helpers import refusal
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
 
 from titan_fp8.config import load_config
 from titan_fp8.float8.formats import E4M3, E5M2
@@ -49,7 +52,7 @@ def values(optimizer, p, name):
     """A stored moment as float32."""
     state = optimizer.state[p]
     key = next(key for key in (name, f"{name}_e4m3", f"{name}_e5m2") if key in state)
-    return adam.decode(state[key], state.get(f"{name}_scale"), optimizer.block_size)
+    return adam.decode(state[key], state.get(f"{name}_scale_{optimizer.block_size}"), optimizer.block_size)
 
 
 def everything(optimizer):
@@ -133,7 +136,7 @@ def test_first_step_without_gradients(block):
     for p, q in zip(ours, start, strict=True):
         torch.testing.assert_close(p, q * (1 - 1e-2 * 0.5), rtol=1e-6, atol=0)
     state = optimizer.state[ours[0]]
-    assert (state["exp_avg_sq_scale"] == 1).all() and (state["exp_avg_sq_e5m2"].float() == 0).all()
+    assert (state[f"exp_avg_sq_scale_{block}"] == 1).all() and (state["exp_avg_sq_e5m2"].float() == 0).all()
 
 
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
@@ -201,9 +204,9 @@ def test_v_forgets_with_stochastic_rounding():
     The mean over 1984 elements of an estimate with relative spread sqrt(2 * 0.005) + rounding 0.1: within 3 %.
     """
     p = nn.Parameter(torch.zeros(31, 65))
-    optimizer = Fp8AdamW([p], lr=0.0, betas=(0.9, 0.99), round_moments="stochastic", block_size=80)
+    optimizer = Fp8AdamW([p], lr=0.0, betas=(0.9, 0.99), round_moments="stochastic", block_size=128)
     optimizer.state[p]["exp_avg_sq_e5m2"].fill_(57344.0)
-    optimizer.state[p]["exp_avg_sq_scale"].fill_(57344.0)
+    optimizer.state[p]["exp_avg_sq_scale_128"].fill_(57344.0)
     optimizer.state[p]["step"].fill_(1000.0)
     torch.manual_seed(0)
     for _ in range(1000):
@@ -368,9 +371,9 @@ def test_states_of_other_fp8_formats_are_refused():
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda p: Fp8AdamW([p], block_size=40), ("multiple of 16", "got 40")),
-        (lambda p: Fp8AdamW([p], block_size=-16), ("multiple of 16", "got -16")),
-        (lambda p: Fp8AdamW([p], block_size=16384), ("up to 8192",)),
+        (lambda p: Fp8AdamW([p], block_size=48), ("power of two", "got 48")),
+        (lambda p: Fp8AdamW([p], block_size=8), ("power of two", "got 8")),
+        (lambda p: Fp8AdamW([p], block_size=16384), ("to 8192",)),
         (lambda p: Fp8AdamW([p], first_moment="int8"), ("e4m3, e5m2, bf16, fp32", "int8")),
         (lambda p: Fp8AdamW([p], amsgrad=True), ("amsgrad",)),
         (lambda p: Fp8AdamW([p], eps=0.0), ("eps must be above 0",)),
@@ -381,6 +384,17 @@ def test_states_of_other_fp8_formats_are_refused():
 )
 def test_refusals(make, words):
     refusal(lambda: make(parameters()[0]), *words)
+
+
+def test_only_fp8_moments_need_a_gpu_that_knows_fp8(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A100")
+    p = parameters()[0]
+    on_gpu = SimpleNamespace(
+        dtype=p.dtype, is_cuda=True, device="cuda:0", requires_grad=False, is_contiguous=lambda: True
+    )
+    refusal(lambda: Fp8AdamW([p])._check(on_gpu), "capability 8.9", "got A100", "bf16 or fp32")
+    Fp8AdamW([p], **PLAIN)._check(on_gpu)
 
 
 def test_sparse_and_half_gradients_are_refused():
@@ -430,7 +444,7 @@ def test_settings_reach_the_optimizer():
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--optimizer.fp8.block_size=40"], ("block_size", "multiple of 16")),
+        (["--optimizer.fp8.block_size=48"], ("block_size", "power of two")),
         (["--optimizer.fp8.block_size=-16"], ("block_size", "at least 0")),
         (["--optimizer.fp8.first_moment=fp8"], ("first_moment", "e4m3")),
         (["--optimizer.fp8.enable", "--optimizer.name=Adam"], ("[optimizer] name", "AdamW")),
@@ -440,6 +454,31 @@ def test_settings_reach_the_optimizer():
 )  # fmt: skip
 def test_settings_that_cannot_be(flags, words):
     refusal(lambda: load_config(flags), *words)
+
+
+@pytest.mark.usefixtures("gloo")
+def test_moments_that_tensor_parallel_leaves_in_float32_are_named(caplog):
+    """Rows of 48, of which each of two ranks has 24: no whole blocks of 16."""
+    from titan_fp8.spec import build_optimizers
+
+    mesh = DeviceMesh("cpu", torch.arange(2), _init_backend=False, _rank=0)
+    model = Model()
+    for linear in (model.up, model.down):
+        linear.weight = nn.Parameter(
+            DTensor.from_local(
+                linear.weight.detach().chunk(2, 1)[0].contiguous(), mesh, [Shard(1)], run_check=False
+            )
+        )
+    settings = load_config(["--optimizer.fp8.enable", "--optimizer.fp8.block_size=16"]).optimizer
+    (optimizer,) = build_optimizers([model], settings, None)
+    assert (
+        "exp_avg" in optimizer.state[model.up.weight] and "exp_avg" not in optimizer.state[model.down.weight]
+    )
+    (said,) = [record.message for record in caplog.records]
+    assert said.startswith("The FP8 moments of 1 matrices are float32") and said.endswith("up.weight")
+    settings.fp8.first_moment = settings.fp8.second_moment = "bf16"
+    build_optimizers([model], settings, None)
+    assert len(caplog.records) == 1
 
 
 @pytest.mark.usefixtures("gloo")
@@ -485,11 +524,14 @@ def test_checkpoints_of_both_kinds(tmp_path, caplog):
         dcp.load({"optimizer": container()[1]}, checkpoint_id=tmp_path / "fp8")
     other = container()[1]
     other.prepare_to_load(list(state))
-    refusal(other.state_dict, "exp_avg", "e4m3", "[optimizer.fp8]")
+    refusal(other.state_dict, "exp_avg", "e4m3", "[optimizer.fp8]", "tensor_parallel_degree")
+    other = container(flag, "--optimizer.fp8.block_size=16")[1]
+    other.prepare_to_load(list(state))
+    refusal(other.state_dict, "exp_avg_scale_16", "got", "exp_avg_scale_256", "block_size")
 
 
 def test_names_that_a_checkpoint_lacks_altogether_are_left_to_torch():
-    assert plain_destinations({"state.x.exp_avg_e4m3": torch.zeros(2)}, ["other"]).keys() == {
+    assert plain_destinations({"state.x.exp_avg_e4m3": torch.zeros(2)}, ["other"], 256).keys() == {
         "state.x.exp_avg_e4m3"
     }
 

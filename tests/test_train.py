@@ -66,6 +66,32 @@ def test_resume_is_bit_exact_and_fp8_state_is_in_the_checkpoint(make, tmp_path):
     assert (resumed.scaling.history > 0).all()
 
 
+@pytest.mark.parametrize("fp8", ["false", "true"])
+def test_resuming_takes_the_optimizers_settings_from_the_configuration(make, tmp_path, fp8):
+    """Not from the checkpoint: a lower learning rate is what one resumes with after a spike. A roll-back does the same."""
+    common = [f"--optimizer.fp8.enable={fp8}", "--checkpoint.interval=2", "--lr_scheduler.decay_ratio=0.5"]
+    make(*common, "--training.steps=4", "--lr_scheduler.total_steps=5", "--optimizer.lr=1e-3").train()
+    new = [
+        "--optimizer.lr=1e-5",
+        "--optimizer.weight_decay=0.5",
+        "--optimizer.beta1=0.5",
+        "--optimizer.eps=1e-7",
+    ]
+    trainer = make(*common, *new, "--training.steps=6", "--lr_scheduler.total_steps=12")
+
+    def settings() -> list:
+        (group,) = trainer.optimizers.optimizers[0].param_groups
+        return [group[key] for key in ("initial_lr", "weight_decay", "betas", "eps")]
+
+    before = settings()
+    trainer.train()
+    assert settings() == before == [1e-5, 0.5, (0.5, 0.95), 1e-7]
+    # The first run's rate fell from step 5 on. In 12 steps it falls after the sixth.
+    assert [rows(tmp_path)[step]["lr"] for step in (4, 5, 6)] == [1e-3, 1e-5, 1e-5]
+    trainer.checkpointer.roll_back(4)
+    assert settings() == before and trainer.lr_schedulers.schedulers[0].get_last_lr() == [1e-5]
+
+
 @pytest.mark.parametrize("recipe", ["bf16", "tensorwise", "delayed"])
 def test_every_recipe_trains(make, tmp_path, recipe):
     attention = "full" if recipe == "delayed" else "off"
@@ -252,25 +278,36 @@ def test_statistics_can_be_switched_off(make, tmp_path):
 
 
 def test_the_monitor_resumes_where_it_was(make, tmp_path):
-    """Statistics, risk and the predictor's state of a run that was interrupted after step 4, bit for bit."""
+    """Statistics, risk, totals and the predictor's state of a run that was interrupted after step 4, bit for bit. Of its bad
+    steps two came before that, and one after: the monitor and the policy must see a third one, not a first."""
     folders = [tmp_path / name for name in ("whole", "halves")]
-    flags = ["--lr_scheduler.total_steps=8", "--metrics.log_freq=2"]
-    whole = make(*flags, f"--job.dump_folder={folders[0]}")
-    whole.train()
-    make(*flags, f"--job.dump_folder={folders[1]}", "--training.steps=4").train()
-    again = make(*flags, f"--job.dump_folder={folders[1]}")
-    assert again.metrics_processor.predictor.state_dict()["series"] == []
-    again.train()
-    keys = ("statistics", "risk", "cause", "cause_kind", "steps_to_saturation", "loss")
-    told = [{step: [row[key] for key in keys] for step, row in rows(folder).items()} for folder in folders]
+    flags = ["--lr_scheduler.total_steps=8", "--metrics.log_freq=2", "--stability.skip_nonfinite_steps=2"]
+
+    def train(folder: Path, steps: int) -> Trainer:
+        trainer = make(*flags, f"--job.dump_folder={folder}", f"--training.steps={steps}")
+        assert trainer.metrics_processor.predictor.state_dict()["series"] == []
+        for step in (2, 3, 5):
+            poison(trainer, step, trainer.model.layers["1"].feed_forward)
+        trainer.train()
+        return trainer
+
+    whole = train(folders[0], 8)
+    train(folders[1], 4)
+    again = train(folders[1], 8)
+    keys = ("statistics", "risk", "cause", "cause_kind", "steps_to_saturation", "nonfinite_steps", "tokens")
+    told = [
+        {step: [row.get(key) for key in keys] for step, row in rows(folder).items()} for folder in folders
+    ]
     assert told[0] == told[1] and list(told[0]) == [1, 2, 4, 6, 8]
     assert whole.metrics_processor.state_dict() == again.metrics_processor.state_dict()
+    counts = again.metrics_processor.actions
+    assert counts == whole.metrics_processor.actions and counts["skip_step", "nonfinite"] == 3
 
 
 def test_a_checkpoint_without_a_monitor_loads(make, tmp_path):
-    """As earlier versions wrote it: the predictor starts afresh."""
+    """As earlier versions wrote it: the predictor and the count of bad steps start afresh."""
     first = make("--training.steps=4")
-    first.monitor_saved = False
+    first.asked = {"step", "ntokens_seen", "loss_scale"}
     first.train()
     second = make()
     second.train()

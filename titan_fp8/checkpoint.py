@@ -15,8 +15,11 @@ load checkpoints that you trust.
 from __future__ import annotations
 
 import os
+import platform
+import secrets
 import shutil
 import sys
+import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
 from pathlib import Path
@@ -40,6 +43,9 @@ from titan_fp8.errors import UserError
 FP8_STATE = "float8_state."
 """Prefix of the FP8 scaling state (amax histories, scales) in the model's state dict."""
 
+SEEN_WITHIN = 60.0
+"""Seconds in which a folder that one machine has made must be there for the others: network disks take their time."""
+
 
 def compare_weights(saved: Mapping[str, tuple[int, ...]], model: Mapping[str, tuple[int, ...]]) -> list[str]:
     """Differences between two tables of name -> global shape, each in a few words."""
@@ -57,6 +63,7 @@ class SafeCheckpointManager(CheckpointManager):
     """torchtitan's CheckpointManager with the same constructor, settings and file formats; see the module.
 
     `save`, `load` and the constructor are collective: every rank calls them, every rank gets the same error.
+    The constructor raises UserError if the folder cannot be written, or is not the same one for all machines.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -66,10 +73,34 @@ class SafeCheckpointManager(CheckpointManager):
         self._last_saved = -1
         self._forced = False  # by save_now or request, until the next save
         self.held: int | None = None  # rank 0: this step's checkpoint is not purged
+        self.paused = False  # `save` saves nothing: the run is about to roll back
         super().__init__(*args, **kwargs)
         if self.enable and not self.load_only:
+            self._check_folder()
             self._together(
-                lambda: folders.tidy(Path(self.folder)), only_rank0=True, doing="tidy up after a killed run"
+                lambda: folders.tidy(Path(self.folder), restarted=_restarted()),
+                only_rank0=True, doing="tidy up after a killed run",
+            )  # fmt: skip
+
+    def _check_folder(self) -> None:
+        """Rank 0 makes a folder with a name that nobody can know; every rank must see it."""
+        # A partial checkpoint's name: killed here, `tidy` removes it.
+        name = [f"{folders.PARTIAL}{secrets.randbits(63)}"]
+        dist.broadcast_object_list(name, src=0)
+        token = Path(self.folder) / name[0]
+        self._together(lambda: token.mkdir(parents=True), only_rank0=True, doing="write checkpoints")
+        end = time.monotonic() + SEEN_WITHIN
+        while not (there := token.is_dir()) and time.monotonic() < end:
+            time.sleep(0.1)
+        mine = None if there else f"{os.path.abspath(self.folder)} on {platform.node()}"
+        blind: list[str | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(blind, mine)
+        if dist.get_rank() == 0:
+            shutil.rmtree(token, ignore_errors=True)
+        for place in filter(None, blind):
+            raise UserError(
+                f"the checkpoint folder must be one folder for all machines, got {place}, where what rank 0 writes is not "
+                "seen: choose a --job.dump_folder on a disk that all share"
             )
 
     # Saving
@@ -99,13 +130,13 @@ class SafeCheckpointManager(CheckpointManager):
         Raises UserError as `load` does, or if later checkpoints cannot be removed.
         """
         self._async_wait()
-        self._forced = False
+        self._forced = self.paused = False
         self._together(
             lambda: self._remove_beyond(step), only_rank0=True, doing=f"remove what is later than step-{step}"
         )
         excluded, self.exclude_from_loading = self.exclude_from_loading, [DATALOADER]
         try:
-            self.load(step)
+            self._load(step)
         finally:
             self.exclude_from_loading = excluded
         self._last_saved = -1  # what is saved next differs from what was loaded: the data are elsewhere
@@ -120,7 +151,7 @@ class SafeCheckpointManager(CheckpointManager):
                 shutil.rmtree(stale)
 
     def _should_save(self, curr_step: int, last_step: bool = False) -> bool:
-        return self._forced or super()._should_save(curr_step, last_step)
+        return not self.paused and (self._forced or super()._should_save(curr_step, last_step))
 
     def dcp_save(
         self,
@@ -260,8 +291,25 @@ class SafeCheckpointManager(CheckpointManager):
     def load(self, step: int = -1) -> bool:
         """Load checkpoint `step`, or the latest (-1); False if there is none and none was asked for.
 
+        Later ones than `step` are then set aside in `abandoned-<k>`: the next start would go on from them. A restart by
+        torchrun takes the latest all the same, which comes after `step` by then.
+
         Raises UserError if that step does not exist, is damaged, or belongs to another model.
         """
+        if not self.enable or self.load_only or step == -1:
+            return self._load(step)
+        folder = Path(self.folder)
+        if _restarted() and (folder / folders.TAKEN_UP).exists():
+            return self._load(-1)
+        self._load(step)
+        self._together(
+            lambda: folders.take_up(folder, step),
+            only_rank0=True,
+            doing=f"set aside what is later than step-{step}",
+        )
+        return True
+
+    def _load(self, step: int) -> bool:
         if self.enable:
             self._check_request(step)
         return super().load(step)
@@ -421,6 +469,11 @@ class SafeCheckpointManager(CheckpointManager):
                 raise UserError(self._cannot(doing, reason)) from error
 
 
+def _restarted() -> bool:
+    """Whether torchrun has started this process in place of one that died."""
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+
+
 def _unwrapped(state_dict: dict[str, Any]) -> dict[str, Any]:
     """The same memory without the wrapper that a weight has while FSDP2 gathers it in FP8 (float8/weights.py).
 
@@ -449,6 +502,10 @@ def _fp8_state_matches(state_dict: dict[str, Any], metadata: Metadata) -> bool:
     entries = metadata.state_dict_metadata
     saved = {name: entry for name, entry in entries.items() if name.startswith(FP8_STATE)}
     wanted = {name: value for name, value in state_dict.items() if name.startswith(FP8_STATE)}
+    whose = f"{FP8_STATE}tensors_and_formats_"
+    if not any(name.startswith(whose) for name in saved):  # an older checkpoint: names and shapes must do
+        for name in [name for name in wanted if name.startswith(whose)]:
+            del wanted[name], state_dict[name]
     if unknown := [name for name in saved if name not in wanted]:
         logger.info("FP8 state in the checkpoint that this model lacks is ignored: %s", _first(unknown))
     unfit = [

@@ -4,6 +4,8 @@
     partial-<n>     being written; found at start, it is what a killed run left, and is removed
     replaced-<n>    the former step-<n>, set aside while a new one takes its name; put back if it never did
     stale-<n>       no longer kept, being deleted
+    abandoned-<k>   what was later than a checkpoint.load_step, its names kept; nothing here reads or deletes it
+    .taken-up       the checkpoint.load_step of the start that trains, or trained last, is behind it
 
 No torch and no torchtitan here: tools that only look for checkpoints start at once.
 """
@@ -22,11 +24,14 @@ from titan_fp8.errors import UserError
 
 logger = logging.getLogger()  # torchtitan's: the root logger
 
-STEP, PARTIAL, REPLACED, STALE = "step-", "partial-", "replaced-", "stale-"
+STEP, PARTIAL, REPLACED, STALE, ABANDONED = "step-", "partial-", "replaced-", "stale-", "abandoned-"
 """Prefixes. Only complete checkpoints may contain "step-<n>": torchtitan and other readers search for it."""
 
 LOCK = ".running"
 """File in a run's dump folder, locked by its first process."""
+
+TAKEN_UP = ".taken-up"
+"""File in a checkpoint folder, see above."""
 
 TORCH_TABLE, HF_TABLE = ".metadata", "model.safetensors.index.json"
 """The file that is written last: table of contents of torch's format, or of a Hugging Face export."""
@@ -64,13 +69,33 @@ def complete_steps(folder: str | os.PathLike[str]) -> list[int]:
     return sorted(steps)
 
 
-def tidy(folder: Path) -> None:
+def take_up(folder: Path, step: int) -> None:
+    """Set aside the complete checkpoints later than `step`, from which the run goes on, and note that it does."""
+    if later := [other for other in complete_steps(folder) if other > step]:
+        k = 1
+        while (aside := folder / f"{ABANDONED}{k}").exists():
+            k += 1
+        aside.mkdir()
+        for other in reversed(later):  # killed in between, the next start does the rest
+            (folder / f"{STEP}{other}").rename(aside / f"{STEP}{other}")
+        logger.warning(
+            "Going on from step-%d as checkpoint.load_step says; later checkpoints (%s) are in %s now. Leave load_step out "
+            "of the next start, or what is trained from here goes the same way.",
+            step, listed(later), aside,
+        )  # fmt: skip
+    (folder / TAKEN_UP).touch()
+
+
+def tidy(folder: Path, restarted: bool = False) -> None:
     """Remove or put back what a killed run left in `folder`; remove the folder if that leaves it empty.
 
-    An empty folder would make torchtitan ignore checkpoint.initial_load_path.
+    An empty folder would make torchtitan ignore checkpoint.initial_load_path. `restarted`: by torchrun, hence with the same
+    checkpoint.load_step.
     """
     if not folder.is_dir():
         return
+    if not restarted:
+        (folder / TAKEN_UP).unlink(missing_ok=True)
     for entry in sorted(folder.iterdir()):
         found = re.fullmatch(f"({PARTIAL}|{REPLACED}|{STALE})(\\d+)", entry.name)
         if found is None:

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import cache
 from itertools import pairwise
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin
 
 from titan_fp8.errors import UserError
@@ -148,7 +149,7 @@ class Fp8Adam:
     """Format of the averaged squared gradient, which needs range."""
 
     block_size: int = 256
-    """Elements of a row that share a scale, a multiple of 16; 0: one scale per parameter, as in the paper."""
+    """Elements of a row that share a scale, a power of two from 16; 0: one scale per parameter, as in the paper."""
 
     round_moments: Literal["nearest", "stochastic"] = "nearest"
     """stochastic: without bias; needed for the second moment to fall where beta2 is above 0.99. Costs random bits."""
@@ -268,7 +269,7 @@ class Prometheus:
     """File of one line NAME:PASSWORD that a scraper must send. Beyond this machine only with HTTPS."""
 
     textfile: str = ""
-    """Also, or instead, keep this *.prom file up to date, for node_exporter's textfile collector. Removed at the end."""
+    """Also, or instead, keep this *.prom file current, for node_exporter's textfile collector. Removed at an orderly end."""
 
 
 @dataclass
@@ -718,17 +719,14 @@ def _broken_rules(c: Any) -> Iterator[tuple[str, str, str]]:
         rule = "must be false: FP8 scales and clipping need the whole backward first"
         yield "optimizer.early_step_in_backward", rule, "leave it out"
     moments = c.optimizer.fp8
-    if moments.block_size % 16:
-        yield "optimizer.fp8.block_size", "must be a multiple of 16, or 0", "write 256"
+    if moments.block_size and (moments.block_size < 16 or moments.block_size.bit_count() > 1):
+        yield "optimizer.fp8.block_size", "must be a power of two from 16, or 0", "write 256"
     names = ["AdamW"] if moments.enable else ["Adam", "AdamW"]
     if c.optimizer.name not in names:
         rule = (
             f"must be {' or '.join(names)}{' with [optimizer.fp8] enable = true' if moments.enable else ''}"
         )
         yield "optimizer.name", rule, 'write "AdamW"'
-    if moments.enable and c.training.enable_cpu_offload:
-        rule = "must be false with [optimizer.fp8] enable = true: its kernel runs on the GPU"
-        yield "training.enable_cpu_offload", rule, "leave it out"
     if moments.enable and moments.round_parameters == "stochastic" and c.training.dtype != "bfloat16":
         rule = f'"stochastic" needs [training] dtype = "bfloat16", not "{c.training.dtype}"'
         yield "optimizer.fp8.round_parameters", rule, 'set that, or write "nearest"'
@@ -737,13 +735,13 @@ def _broken_rules(c: Any) -> Iterator[tuple[str, str, str]]:
     for name in ("pipeline", "context", "expert", "expert_tensor"):
         if _get(c, key := f"parallelism.{name}_parallel_degree") > 1:
             yield key, "must be 1: this parallelism is not supported", supported
-    yield from _unfit_for_tensor_parallel(c)
+    yield from _unfit_shapes(c)
     if c.parallelism.data_parallel_replicate_degree > 1 and c.parallelism.data_parallel_shard_degree == 1:
         rule = (
             "must be 1 where the shard degree is 1: plain DDP in torchtitan 0.2.2 shrinks the gradient norm"
         )
         yield "parallelism.data_parallel_replicate_degree", rule, "use FSDP (1, -1) or HSDP (both above 1)"
-    for key in ("memory_estimation.enable", "fault_tolerance.enable"):
+    for key in ("memory_estimation.enable", "fault_tolerance.enable", "training.enable_cpu_offload"):
         if _get(c, key):
             yield key, "must be false: it is not supported", "leave it out"
 
@@ -762,6 +760,10 @@ def _broken_rules(c: Any) -> Iterator[tuple[str, str, str]]:
         yield "training.global_batch_size", rule, "change one of them"
     if data.source in ("files", "shards") and not data.path:
         yield "data.path", f'must be set with source "{data.source}"', "write the file or folder to read"
+    text = Path(data.path).expanduser().resolve()
+    if data.source == "files" and data.path and Path(c.job.dump_folder).resolve().is_relative_to(text):
+        rule = f"must lie outside [data] path ({data.path}), or a restart would read what the run has written"
+        yield "job.dump_folder", rule, "write another folder"
     if data.source in ("builtin", "hf") and data.path:
         rule = f'is not read with source "{data.source}"'
         yield "data.path", rule, 'set source = "files" or "shards", or leave path out'
@@ -804,13 +806,12 @@ def _unanswerable(c: Any) -> Iterator[tuple[str, str, str]]:
         yield "checkpoint.keep_latest_k", rule, f"write {-(-every // c.checkpoint.interval) + 1}"
 
 
-def _unfit_for_tensor_parallel(c: Any) -> Iterator[tuple[str, str, str]]:
+def _unfit_shapes(c: Any) -> Iterator[tuple[str, str, str]]:
+    """What tensor-parallel ranks cannot share, and rows of a micro-batch that FP8 GEMMs cannot take."""
     degree, off = c.parallelism.tensor_parallel_degree, "leave it out"
     if c.parallelism.enable_async_tensor_parallel:
         yield "parallelism.enable_async_tensor_parallel", "must be false: it is not supported", off
-    if degree == 1:
-        return
-    if c.parallelism.disable_loss_parallel:
+    if degree > 1 and c.parallelism.disable_loss_parallel:
         yield (
             "parallelism.disable_loss_parallel",
             "must be false: the loss is always computed in parallel",
@@ -824,5 +825,8 @@ def _unfit_for_tensor_parallel(c: Any) -> Iterator[tuple[str, str, str]]:
             rule = f"must be a multiple of tensor_parallel_degree ({degree}): every rank has a stretch of each sequence"
             yield key, rule, f"write {-(-section.seq_len // degree) * degree}"
         elif c.fp8.recipe != "bf16" and rows // degree % 16:
-            rule = f"* local_batch_size must be a multiple of 16 * tensor_parallel_degree ({16 * degree}) for FP8 GEMMs"
+            many = f"16 * tensor_parallel_degree ({16 * degree})" if degree > 1 else "16"
+            rule = (
+                f"* local_batch_size ({section.local_batch_size}) must be a multiple of {many} for FP8 GEMMs"
+            )
             yield key, rule, "change one of them"

@@ -10,8 +10,9 @@ What is stored, in bytes per parameter (blocks of 256; a gradient of bf16 is 2 m
 
 A moment named exp_avg (or exp_avg_sq) of a parameter lies in its state as
 
-    exp_avg_e4m3   codes, of the parameter's shape and placement          exp_avg_scale   [..., blocks of the last dimension]
-    exp_avg        where it is not FP8: format bf16 or fp32, and parameters with fewer than two dimensions (float32)
+    exp_avg_e4m3        codes, of the parameter's shape and placement
+    exp_avg_scale_256   [..., blocks of the last dimension], 256 being block_size
+    exp_avg             where it is not FP8: format bf16 or fp32, and parameters with fewer than two dimensions (float32)
 
 so that a name never means two formats. All are plain tensors (DTensors for a sharded parameter): slicing whole rows slices
 codes and scales alike, which is all that saving, loading and resharding need. A parameter sharded along its last dimension
@@ -45,7 +46,7 @@ logger = logging.getLogger(__name__)
 
 FORMATS = {"e4m3": E4M3, "e5m2": E5M2, "bf16": torch.bfloat16, "fp32": torch.float32}
 MOMENTS = ("exp_avg", "exp_avg_sq")
-_LARGEST_BLOCK = 8192
+BLOCK_SIZES = (0, *(2**i for i in range(4, 14)))
 
 
 class Fp8AdamW(torch.optim.Optimizer):
@@ -60,7 +61,7 @@ class Fp8AdamW(torch.optim.Optimizer):
     Args:
         params, lr (float or 0-dim tensor), betas, eps, weight_decay (decoupled): as in torch.optim.AdamW.
         first_moment, second_moment: "e4m3", "e5m2", "bf16" or "fp32".
-        block_size: elements that share a scale, a multiple of 16 up to 8192; 0: the whole parameter.
+        block_size: elements that share a scale, a power of two from 16 to 8192; 0: the whole parameter.
         round_moments, round_parameters: "nearest" or "stochastic" (float32 is not rounded). The random bits are a function
             of `seed`, the step, the parameter's number and the element's place in it: a resumed run draws the same.
         half_master: allow float16 parameters. They hold value * scale, see `scale_master`.
@@ -86,9 +87,9 @@ class Fp8AdamW(torch.optim.Optimizer):
         amsgrad: bool = False,
         seed: int = 0,
     ) -> None:
-        if block_size < 0 or block_size % 16 or block_size > _LARGEST_BLOCK:
+        if block_size not in BLOCK_SIZES:
             raise UserError(
-                f"block_size must be a multiple of 16 up to {_LARGEST_BLOCK}, or 0 for one scale per parameter, "
+                f"block_size must be a power of two from 16 to {BLOCK_SIZES[-1]}, or 0 for one scale per parameter, "
                 f"got {block_size}: write 256"
             )
         for name, value, known in (
@@ -140,10 +141,11 @@ class Fp8AdamW(torch.optim.Optimizer):
             raise UserError(
                 f"parameters must be contiguous, got strides {p.stride()} for {list(p.shape)}: call .contiguous()"
             )
-        if p.is_cuda and torch.cuda.get_device_capability(p.device) < (8, 9):
+        coded = any(is_fp8(dtype) for dtype in self.formats.values())
+        if coded and p.is_cuda and torch.cuda.get_device_capability(p.device) < (8, 9):
             name = torch.cuda.get_device_name(p.device)
             raise UserError(
-                f"FP8 moments need a GPU of compute capability 8.9 or later, got {name}: use AdamW"
+                f"FP8 moments need a GPU of compute capability 8.9 or later, got {name}: use bf16 or fp32, or AdamW"
             )
 
     def _new_state(self, p: Tensor) -> dict[str, Tensor]:
@@ -160,9 +162,11 @@ class Fp8AdamW(torch.optim.Optimizer):
             if self.block_size:
                 scales = [*local.shape[:-1], adam.blocks_per_row(local.shape[-1], self.block_size)]
                 whole = torch.Size([*p.shape[:-1], adam.blocks_per_row(p.shape[-1], self.block_size)])
-                state[f"{name}_scale"] = _like(p, torch.ones(scales, device=local.device), whole)
+                state[_scale_of(name, self.block_size)] = _like(
+                    p, torch.ones(scales, device=local.device), whole
+                )
             else:
-                state[f"{name}_scale"] = torch.ones((), device=local.device)
+                state[_scale_of(name, 0)] = torch.ones((), device=local.device)
         if p.dtype == torch.float16:
             state["master_scale"] = torch.ones((), device=local.device)
         return state
@@ -285,13 +289,15 @@ class _Plan:
         self.p_amaxes = torch.zeros(len(params), dtype=torch.int32, device=device)
         self.p_amax_of = self.p_amaxes.view(torch.float32).unbind()
         if rule.block == 0:
-            self.scales = torch.stack([_table(states, f"{name}_scale", device) for name in MOMENTS], 1)
+            names = [_scale_of(name, 0) for name in MOMENTS]
+            self.scales = torch.stack([_table(states, name, device) for name in names], 1)
             for row, state in zip(self.scales, states, strict=True):
-                for column, name in enumerate(MOMENTS):
-                    if f"{name}_scale" in state:
-                        state[f"{name}_scale"] = row[column]
+                for column, name in enumerate(names):
+                    if name in state:
+                        state[name] = row[column]
         self.slots = [
-            _slot(p, state, first + i) for i, (p, state) in enumerate(zip(params, states, strict=True))
+            _slot(p, state, first + i, rule.block)
+            for i, (p, state) in enumerate(zip(params, states, strict=True))
         ]
         # In the same order on all ranks.
         self.meshes = list(dict.fromkeys(p.device_mesh for p in params if isinstance(p, DTensor)))
@@ -389,12 +395,22 @@ def _has_blocks(p: Tensor, block: int) -> bool:
     return cuts == 1 or p.shape[-1] % (cuts * block) == 0
 
 
-def _slot(p: Tensor, state: dict[str, Tensor], number: int) -> adam.Slot:
+def without_blocks(parameters: Iterable[tuple[str, Tensor]], block: int) -> list[str]:
+    """Names of the matrices whose moments stay float32 because their shards do not hold whole blocks."""
+    return [name for name, p in parameters if p.ndim > 1 and not _has_blocks(p, block)]
+
+
+def _scale_of(moment: str, block: int) -> str:
+    """The name tells the block, so that no other optimizer takes these scales for its own."""
+    return f"{moment}_scale_{block}"
+
+
+def _slot(p: Tensor, state: dict[str, Tensor], number: int, block: int) -> adam.Slot:
     local = _local(p)
     codes = {}
     for name in MOMENTS:
         key = next(key for key in (name, f"{name}_e4m3", f"{name}_e5m2") if key in state)
-        scale = state.get(f"{name}_scale") if key != name else None
+        scale = state[_scale_of(name, block)] if key != name else None
         codes[name] = _local(state[key]), None if scale is None else _local(scale)
     offset = [0] * p.ndim
     if isinstance(p, DTensor):
@@ -420,19 +436,21 @@ def _table(states: list[dict[str, Tensor]], key: str, device: torch.device) -> T
 # ---- States of another format: dicts of one parameter, or flat ones with names like "state.layers.0.wq.weight.exp_avg" ----
 
 
-def plain_destinations(own: dict[str, Any], saved: Collection[str]) -> dict[str, Any]:
+def plain_destinations(own: dict[str, Any], saved: Collection[str], block: int) -> dict[str, Any]:
     """What to load into, given the names that a checkpoint holds: `own`, but float32 tensors for moments kept as AdamW does.
 
     Raises:
-        UserError: the checkpoint has moments in a format that `own` has not.
+        UserError: the checkpoint has moments in a format, or in blocks, that `own` has not.
     """
     wanted = dict(own)
     for name, plain in _codes(own):
         if plain in saved and name not in saved:
             wanted[plain] = torch.zeros_like(wanted.pop(name), dtype=torch.float32)
-            del wanted[f"{plain}_scale"]
-    missing = [name for name in wanted if name not in saved and name.rpartition(".")[2].startswith(MOMENTS)]
-    other = [name for name, _ in _codes(saved) if name not in own]
+            del wanted[_scale_of(plain, block)]
+    missing, other = (
+        [name for name in some if name not in others and name.rpartition(".")[2].startswith(MOMENTS)]
+        for some, others in ((wanted, saved), (saved, own))
+    )
     if missing and other:
         raise UserError(_other_format(missing[0], other[:1]))
     return wanted
@@ -451,8 +469,9 @@ def _rounded(loaded: dict[str, Any], own: dict[str, Any], block: int) -> tuple[d
     result, converted = dict(loaded), 0
     for name, plain in _codes(own):
         if plain in loaded and name not in loaded:
-            _quantize(result.pop(plain), own[name], own[f"{plain}_scale"], block, plain.endswith("_sq"))
-            result[name], result[f"{plain}_scale"] = own[name], own[f"{plain}_scale"]
+            scale = _scale_of(plain, block)
+            _quantize(result.pop(plain), own[name], own[scale], block, plain.endswith("_sq"))
+            result[name], result[scale] = own[name], own[scale]
             converted += 1
     return result, converted
 
@@ -476,7 +495,7 @@ def _quantize(value: Tensor, codes: Tensor, scale: Tensor, block: int, positive:
 def _other_format(wanted: str, got: Iterable[str]) -> str:
     return (
         f"the optimizer state must hold {wanted}, got {', '.join(got)}: set [optimizer.fp8] (enable, formats, block_size) "
-        "as it was saved, or start the optimizer anew"
+        "and parallelism.tensor_parallel_degree as it was saved, or start the optimizer anew"
     )
 
 

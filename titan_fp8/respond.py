@@ -54,6 +54,7 @@ class Response:
                 trainer.checkpointer.request()
             elif action.kind == "roll_back":
                 self.rolls_back = action
+                trainer.checkpointer.paused = True  # the step that is given up is not worth a checkpoint
         if dist.get_rank() == 0:
             back = self.rolls_back
             trainer.checkpointer.held = back.target if back else self.policy.hold(self._checkpoints)
@@ -67,7 +68,10 @@ class Response:
         state = self.policy.state_dict()
         trainer.checkpointer.roll_back(action.target)
         self.policy.load_state_dict(state)
+        self.policy.count(self._facts(None))
         self._apply()
+        if trainer.scaling is not None:
+            trainer.scaling.scale_weights()  # the amaxes of columns are not in the checkpoint
         trainer.optimizers.zero_grad()
         trainer.watch.in_a_row.zero_()
         trainer.watch.forget()

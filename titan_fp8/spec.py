@@ -5,26 +5,29 @@ This is the target of `[experimental] custom_import`; importing it is its only e
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection
 from typing import Any
 
 import torch
 from torch import nn
 from torchtitan.components.loss import build_cross_entropy_loss
-from torchtitan.components.lr_scheduler import build_lr_schedulers
+from torchtitan.components.lr_scheduler import LRSchedulersContainer, build_lr_schedulers
 from torchtitan.components.optimizer import OptimizersContainer
 from torchtitan.protocols.model_converter import register_model_converter
 from torchtitan.protocols.train_spec import TrainSpec, register_train_spec
+from torchtitan.tools.logging import logger
 
 from titan_fp8.data import tokenizer as tokenizers
 from titan_fp8.data.dataset import build_dataloader
 from titan_fp8.errors import UserError
 from titan_fp8.float8.convert import Float8Converter
+from titan_fp8.float8.formats import is_fp8
 from titan_fp8.model.args import FLAVORS
 from titan_fp8.model.decoder import Decoder
 from titan_fp8.model.hf import LlamaAdapter
 from titan_fp8.model.parallelize import parallelize
-from titan_fp8.optim import Fp8AdamW, adopt_plain, plain_destinations
+from titan_fp8.optim import Fp8AdamW, adopt_plain, plain_destinations, without_blocks
 from titan_fp8.stability.processor import build_metrics_processor
 from titan_fp8.validate import build_validator
 
@@ -49,6 +52,8 @@ class Optimizers(OptimizersContainer):
 
     `prepare_to_load(names)`, names being what a checkpoint holds for the optimizer, makes the next `state_dict` ask for what
     is there, or refuse. Without it torch's checkpointing finds names missing.
+
+    A load brings steps and moments; learning rate, betas, eps and weight decay stay as configured.
     """
 
     saved: Collection[str] = ()
@@ -58,14 +63,45 @@ class Optimizers(OptimizersContainer):
 
     def state_dict(self) -> dict[str, Any]:
         own = super().state_dict()
-        return plain_destinations(own, self.saved) if self.saved else own
+        if not self.saved:
+            return own
+        block = next((o.block_size for o in self.optimizers if isinstance(o, Fp8AdamW)), 0)
+        return plain_destinations(own, self.saved, block)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.saved = ()
         for optimizer in self.optimizers:
             if isinstance(optimizer, Fp8AdamW):
                 state_dict = adopt_plain(state_dict, self.state_dict(), optimizer.block_size)
+        kept = [
+            {key: value for key, value in group.items() if key != "params"}
+            for optimizer in self.optimizers
+            for group in optimizer.param_groups
+        ]
         super().load_state_dict(state_dict)
+        groups = (group for optimizer in self.optimizers for group in optimizer.param_groups)
+        for group, settings in zip(groups, kept, strict=True):
+            group.update(settings)
+
+
+class Schedules(LRSchedulersContainer):
+    """torchtitan's learning rate schedules. A load brings the step; the rate at it is what the configuration says.
+
+    Args: as of torchtitan's TrainSpec.build_lr_schedulers_fn.
+    """
+
+    def __init__(self, optimizers: OptimizersContainer, config: Any, training_steps: int):
+        self.schedulers = build_lr_schedulers(optimizers, config, training_steps).schedulers
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        for scheduler in self.schedulers:
+            base_lrs = scheduler.base_lrs
+            scheduler.load_state_dict(copy.deepcopy(state_dict))
+            scheduler.base_lrs = base_lrs
+            factors = [factor(scheduler.last_epoch) for factor in scheduler.lr_lambdas]
+            scheduler._last_lr = [lr * factor for lr, factor in zip(base_lrs, factors, strict=True)]
+            for group, lr in zip(scheduler.optimizer.param_groups, scheduler._last_lr, strict=True):
+                group["lr"] = lr
 
 
 def build_optimizers(model_parts: list[nn.Module], config: Any, parallel_dims: Any) -> OptimizersContainer:
@@ -80,7 +116,15 @@ def build_optimizers(model_parts: list[nn.Module], config: Any, parallel_dims: A
     if not fp8.enable:
         return Optimizers(model_parts, getattr(torch.optim, config.name), settings | {"fused": True})
     names = ("first_moment", "second_moment", "block_size", "round_moments", "round_parameters")
-    return Optimizers(model_parts, Fp8AdamW, settings | {name: getattr(fp8, name) for name in names})
+    optimizers = Optimizers(model_parts, Fp8AdamW, settings | {name: getattr(fp8, name) for name in names})
+    parameters = [(name, p) for model in model_parts for name, p in model.named_parameters()]
+    coded = any(is_fp8(dtype) for optimizer in optimizers for dtype in optimizer.formats.values())
+    if coded and (ragged := without_blocks(parameters, fp8.block_size)):
+        logger.warning(
+            f"The FP8 moments of {len(ragged)} matrices are float32: tensor parallel cuts their rows inside a block of "
+            f"{fp8.block_size}. A smaller optimizer.fp8.block_size may divide them. They are: {', '.join(ragged)}"
+        )
+    return optimizers
 
 
 register_train_spec(
@@ -91,7 +135,7 @@ register_train_spec(
         parallelize_fn=parallelize,
         pipelining_fn=None,
         build_optimizers_fn=build_optimizers,
-        build_lr_schedulers_fn=build_lr_schedulers,
+        build_lr_schedulers_fn=Schedules,
         build_dataloader_fn=build_dataloader,
         build_tokenizer_fn=build_tokenizer,
         build_loss_fn=build_cross_entropy_loss,

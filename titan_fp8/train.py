@@ -55,6 +55,7 @@ class Trainer(titan.Trainer):
             (optimizer,) = self.optimizers  # of the one model part; torch's AdamW takes no amaxes
             self.scaling.stepped = getattr(optimizer, "amaxes", {})
         self.loss_scaler = LossScaler(job_config.fp8.loss_scale, self.device)
+        self.loss_scale_change: torch.Tensor | float = 1.0  # since the checkpoint that was loaded
         dims = self.parallel_dims
         if dims.tp_enabled and not dims.fsdp_enabled:  # torchtitan 0.2.2 would train in float32
             dtype = TORCH_DTYPE_MAP[job_config.training.mixed_precision_param]
@@ -80,7 +81,8 @@ class Trainer(titan.Trainer):
             self.statistics = Statistics(
                 self.model, self.model.observer, batch, tp, self.scaling, self.device
             )
-        self.monitor_saved = True  # in the checkpoint that is about to be loaded
+        # What the checkpoint that is about to be loaded holds of `state_dict`; None: everything is asked for.
+        self.asked: Collection[str] | None = None
         self.started = False  # has this process trained a step
         self.first_step = 0  # of this process
         self.stop_request = StopRequest(self.device)
@@ -136,6 +138,7 @@ class Trainer(titan.Trainer):
             self.metrics_processor.resume(self.step - 1)
             if self.scaling is not None:
                 self.scaling.scale_weights()  # they may have been loaded without FP8 state
+                self.scaling.rescale_gradients(self.loss_scale_change)
         self.optimizers.zero_grad()
         lr = self.lr_schedulers.schedulers[0].get_last_lr()[0]
 
@@ -249,15 +252,14 @@ class Trainer(titan.Trainer):
         lr: float,
     ) -> float:
         """Reduce over ranks, copy to the host, hand to the metrics processor. Every rank calls it. Returns the mean loss."""
-        average, largest, seen = float(loss), float(loss), self.ntokens_seen
+        average, largest = float(loss), float(loss)
         if self.parallel_dims.dp_cp_enabled:
             mesh = self.parallel_dims.get_optional_mesh("loss")
             average = dist_utils.dist_sum(loss, mesh)
             largest = dist_utils.dist_max(loss * tokens / local_tokens.to(self.device), mesh)
-            seen = int(dist_utils.dist_sum(torch.tensor(seen, dtype=torch.int64, device=self.device), mesh))
         outliers = int(self.response.gate.skipped)
         extra = {
-            "n_tokens_seen": seen,
+            "n_tokens_seen": self.ntokens_seen * self._data_parallel_degree(),
             "lr": lr,
             "bits_per_byte": average * int(tokens) / math.log(2) / max(int(text_bytes), 1),
             "skipped_steps": int(self.watch.total) + outliers,
@@ -316,21 +318,33 @@ class Trainer(titan.Trainer):
                 f"--training.steps={2 * self.step}, or start anew with another --job.dump_folder"
             )
 
+    def _data_parallel_degree(self) -> int:
+        """How many ranks read tokens of their own; `ntokens_seen` is one rank's."""
+        return self.parallel_dims.dp_replicate * self.parallel_dims.dp_shard
+
     def state_dict(self) -> dict[str, Any]:
-        state = super().state_dict() | {"loss_scale": self.loss_scaler.state_dict()}
-        return state | ({"monitor": self.metrics_processor.state_dict()} if self.monitor_saved else {})
+        tokens = self.ntokens_seen * self._data_parallel_degree()
+        state = super().state_dict() | {
+            "loss_scale": self.loss_scaler.state_dict(),
+            "totals": {"tokens": tokens, "nonfinite_steps": self.watch.total},
+            "monitor": self.metrics_processor.state_dict(),
+        }
+        return {name: value for name, value in state.items() if self.asked is None or name in self.asked}
 
     def prepare_to_load(self, names: Collection[str]) -> None:
-        """The next `state_dict` asks only for what a checkpoint with these names holds: earlier ones know no monitor."""
-        self.monitor_saved = any(name.startswith("monitor.") for name in names)
+        """The next `state_dict` asks only for what a checkpoint with these names holds: earlier ones hold less."""
+        self.asked = {name.partition(".")[0] for name in names}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
         if "loss_scale" in state_dict:
-            self.loss_scaler.load_state_dict(state_dict["loss_scale"])
+            self.loss_scale_change = self.loss_scaler.load_state_dict(state_dict["loss_scale"])
+        if "totals" in state_dict:  # else the tokens are right at the checkpoint's number of ranks only
+            self.ntokens_seen = state_dict["totals"]["tokens"] // self._data_parallel_degree()
+            self.watch.total.copy_(state_dict["totals"]["nonfinite_steps"])
         if "monitor" in state_dict:
             self.metrics_processor.load_state_dict(state_dict["monitor"])
-        self.monitor_saved = True
+        self.asked = None
 
 
 def _log_folder(config: Any) -> str:

@@ -103,6 +103,8 @@ class Recipe:
     compute: int = 2
     reduce: int = 4
     moments: float = 8.0  # both together
+    ragged_moments: float = 8.0  # where tensor parallel cuts rows inside a block
+    block: int = 0  # of FP8 moments; 0: none
     checkpointing: str = "none"
     reshard: bool = True
     history: int = 1024
@@ -164,7 +166,7 @@ def memory(args: DecoderArgs, params: Parameters, recipe: Recipe, layout: Layout
     fsdp = layout.shard > 1 or layout.replicate > 1
     kinds = {
         "weights": params.total * recipe.master / split,
-        "optimizer": params.total * recipe.moments / split,
+        "optimizer": moment_bytes(args, params, recipe, layout.tensor) / split,
     }
     gathered = recipe.compute
     if fsdp:
@@ -208,6 +210,14 @@ def memory(args: DecoderArgs, params: Parameters, recipe: Recipe, layout: Layout
     kinds = {name: value / GIB for name, value in kinds.items() if value}
     kinds["total"] = sum(kinds.values())
     return kinds
+
+
+def moment_bytes(args: DecoderArgs, params: Parameters, recipe: Recipe, tensor: int) -> float:
+    """Both moments of all parameters. Tensor parallel splits the rows of wo and w2; FP8 moments need whole blocks there."""
+    rows = (args.n_heads * args.head_dim, args.hidden_dim)
+    ragged = sum(row for row in rows if recipe.block and tensor > 1 and row % (tensor * recipe.block))
+    extra = args.n_layers * args.dim * ragged * (recipe.ragged_moments - recipe.moments)
+    return params.total * recipe.moments + extra
 
 
 def flops_per_token(args: DecoderArgs, recipe: Recipe, seq_len: int) -> dict[str, float]:
@@ -276,10 +286,8 @@ def speed(
         casts = params.converted / layout.tensor * 2 * (2 + 2 + 1) if recipe.fp8 else 0
     per_token = per_token * args.n_layers + 8 * args.vocab_size
     ms["elementwise and casts"] = (per_token * tokens + casts * layout.accumulate) / gpu.memory_tb / 1e9
-    state = params.total / layout.shard / layout.tensor
-    ms["optimizer"] = (
-        state * (2 * recipe.master + 2 * recipe.master + 2 * recipe.moments) / gpu.optimizer_tb / 1e9
-    )
+    state = 4 * params.total * recipe.master + 2 * moment_bytes(args, params, recipe, layout.tensor)
+    ms["optimizer"] = state / layout.shard / layout.tensor / gpu.optimizer_tb / 1e9
     traffic = wire(args, params, recipe, layout)
     one_node = layout.gpus <= gpu.gpus_per_node
     rate = {"TP": gpu.node_gb, "FSDP": gpu.node_gb if one_node else gpu.network_gb}
@@ -310,12 +318,15 @@ def recipe_of(config: Any) -> Recipe:
     moment = {"e4m3": 1, "e5m2": 1, "bf16": 2, "fp32": 4}
     mine = config.optimizer.fp8
     scales = 2 * 4 / mine.block_size if mine.block_size else 0
+    sizes = [moment[mine.first_moment], moment[mine.second_moment]]
     master = size[training.dtype]
     return Recipe(
         linears=fp8.recipe, attention=fp8.attention == "full", head_fp8=fp8.lm_head == "fp8",
         gather_fp8=fp8.all_gather == "fp8", master=master, compute=size[training.mixed_precision_param],
         reduce=size[training.mixed_precision_reduce],
-        moments=moment[mine.first_moment] + moment[mine.second_moment] + scales if mine.enable else 2 * master,
+        moments=sum(sizes) + scales if mine.enable else 2 * master,
+        ragged_moments=sum(4 if size == 1 else size for size in sizes),
+        block=mine.block_size if mine.enable and 1 in sizes else 0,
         checkpointing=config.activation_checkpoint.mode,
         reshard=config.parallelism.fsdp_reshard_after_forward != "never", history=fp8.amax_history,
     )  # fmt: skip

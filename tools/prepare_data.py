@@ -21,6 +21,7 @@ import threading
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -132,12 +133,17 @@ def prepare(data: Data, out: Path, *, shard_tokens: int, workers: int, quiet: bo
         quiet: no progress bar.
 
     Raises:
-        UserError: bad data or tokenizer; `out` holds something else, or is being written by another process.
+        UserError: bad data or tokenizer; `out` lies in the data, holds something else, or is being written by
+            another process.
     """
     if shard_tokens < 1 or workers < 1:
         raise UserError(
             "--shard-tokens and --workers must be at least 1; "
             f"got {shard_tokens} and {workers}; leave them out for the defaults"
+        )
+    if data.path and out.resolve().is_relative_to(Path(data.path).expanduser().resolve()):
+        raise UserError(
+            f"--out must lie outside --path, or it would be read as text; got {out} in {data.path}; choose another --out"
         )
     source = open_source(data)
     source.require("train")
@@ -245,8 +251,12 @@ def _fill(
 
 
 def verify(out: Path) -> int:
-    """Hashes every byte of every shard; returns the tokens seen. UserError naming what is damaged."""
+    """Hashes every byte of every shard; returns the tokens seen. UserError naming what is missing or damaged."""
     manifest = read_manifest(out)
+    if not manifest["complete"]:
+        raise UserError(
+            f"shards must be finished; got {out}, whose preparation was stopped; run again with the arguments that made it"
+        )
     entries = [entry for split in SPLITS for entry in manifest["splits"][split]]
     for entry in tqdm(entries, unit="shard"):
         problem = damage(out, manifest, entry, whole=True)
@@ -288,6 +298,13 @@ def main(argv: list[str] | None = None) -> int:
         manifest = prepare(data, args.out, shard_tokens=args.shard_tokens, workers=args.workers)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except BrokenProcessPool:
+        print(
+            f"error: the processes that tokenise must stay alive, and one of {args.workers} was ended, for want of memory "
+            "perhaps; use fewer --workers, and otherwise the same arguments: finished shards are kept",
+            file=sys.stderr,
+        )
         return 2
     except OSError as error:
         print(

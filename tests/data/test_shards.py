@@ -17,6 +17,7 @@ from titan_fp8.config import Data
 from titan_fp8.data.dataset import build_dataloader, build_validation_dataloader, text_statistics
 from titan_fp8.data.shards import Shards, permute
 from titan_fp8.data.sources import open_source
+from titan_fp8.data.streams import Position, ShardStream
 from titan_fp8.data.tokenizer import build_tokenizer
 from titan_fp8.errors import UserError
 
@@ -200,6 +201,15 @@ def test_other_arguments_never_touch_a_folder(prepare, tmp_path):
     assert contents(tmp_path / "mine") == {"train-00000.bin": b"precious"}
 
 
+def test_shards_among_the_text_are_refused(prepare, corpus, tmp_path):
+    """They would be text the next time."""
+    (tmp_path / "link").symlink_to(corpus)
+    for out in (corpus, corpus / "shards", tmp_path / "link" / "a" / "b"):
+        with pytest.raises(UserError, match="--out must lie outside --path"):
+            prepare(out)
+    assert sorted(contents(corpus)) == ["0.jsonl", "1.jsonl", "2.jsonl"]
+
+
 def test_two_writers_are_refused(prepare, tmp_path):
     (tmp_path / "out").mkdir()
     other = os.open(tmp_path / "out", os.O_RDONLY)
@@ -216,6 +226,11 @@ def test_the_command(corpus, tmp_path, capsys):
     assert "tokens for training" in capsys.readouterr().out
     verify = ["--verify", "--out", str(tmp_path / "out")]
     assert prepare_data.main(verify) == 0
+    manifest = tmp_path / "out" / "manifest.json"
+    manifest.write_text((facts := manifest.read_text()).replace('"complete": true', '"complete": false'))
+    assert prepare_data.main(verify) == 2
+    assert "error: shards must be finished; got" in capsys.readouterr().err
+    manifest.write_text(facts)
     shard = tmp_path / "out" / "train-00000.bin"
     shard.write_bytes(shard.read_bytes()[:-2])
     assert prepare_data.main(verify) == 2
@@ -223,6 +238,14 @@ def test_the_command(corpus, tmp_path, capsys):
     assert prepare_data.main(["--path", "/nowhere", "--out", str(tmp_path / "new")]) == 2
     assert not (tmp_path / "new").exists()
     assert prepare_data.main([*arguments, "--workers", "0"]) == 2
+
+
+def test_a_worker_that_ends_before_its_time(corpus, tmp_path, capsys, monkeypatch):
+    """As one does that the kernel kills where memory ends."""
+    monkeypatch.setattr(prepare_data, "_start_worker", sys.exit)
+    assert prepare_data.main(["--path", str(corpus), "--out", str(tmp_path / "out"), "--workers", "2"]) == 2
+    error = capsys.readouterr().err
+    assert "error: the processes" in error and "use fewer --workers" in error and "Traceback" not in error
 
 
 def test_verify_finds_one_changed_byte_anywhere(tmp_path):
@@ -234,6 +257,11 @@ def test_verify_finds_one_changed_byte_anywhere(tmp_path):
     shard.write_bytes(content)
     with pytest.raises(UserError, match="sha256"):
         prepare_data.verify(out)
+    content[5001] = 255  # an id that bytes do not have
+    shard.write_bytes(content)
+    stream = ShardStream(out, "train", BYTE, 64, seed=0, repeat=False)
+    with pytest.raises(UserError, match=r"ids below the tokenizer's 259; got 6\d+ in .*--verify"):
+        list(stream.groups(Position(), 64, slice(0, 64)))
 
 
 @pytest.mark.parametrize("split", ["train", "validation"])

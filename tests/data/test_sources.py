@@ -86,6 +86,23 @@ def test_a_folder_is_walked_in_sorted_order(tmp_path, caplog):
     assert "picture.png" in caplog.text
 
 
+def test_links_are_followed_each_folder_once(tmp_path):
+    """Data that lie elsewhere, a circle, and two names of one folder, of which the first in sorted order counts."""
+    root, elsewhere = tmp_path / "root", tmp_path / "elsewhere"
+    for folder in (root / "b", elsewhere / "deep"):
+        folder.mkdir(parents=True)
+    (root / "b" / "x.txt").write_text("in b")
+    (elsewhere / "deep" / "y.txt").write_text("elsewhere")
+    (elsewhere / "z.txt").write_text("file")
+    (root / "b" / "up").symlink_to(root)
+    (root / "c").symlink_to(elsewhere / "deep")
+    (root / "d").symlink_to(elsewhere / "deep")
+    (root / "e.txt").symlink_to(elsewhere / "z.txt")
+    assert texts_of(root) == ["in b", "elsewhere", "file"]
+    (root / "a").symlink_to("b")
+    assert [file.name for file in source_of(root)._files] == ["a/x.txt", "c/y.txt", "e.txt"]
+
+
 def test_lone_surrogates_become_question_marks(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "a\\ud800b"}\n')
     assert texts_of(tmp_path) == ["a?b"]
@@ -173,6 +190,11 @@ BAD = {
     "no JSON": ("a.jsonl", jsonl(["ok"]) + b"{broken\n", r"a\.jsonl line 2"),
     "no object": ("a.jsonl", b'["text"]\n', r"got a list in .*line 1"),
     "array file": ("a.json", b'[\n{"text": "x"}\n]\n', r"line 1"),
+    "nested JSON": (
+        "a.jsonl",
+        b'{"text": "x", "n": ' + b"[" * 10**5 + b"]" * 10**5 + b"}\n",
+        r"no JSON .*line 1",
+    ),
     "no key": ("a.jsonl", jsonl(["ok"]) + b'{"body": "x"}\n', r'"text"; got the keys body in .*line 2'),
     "null": ("a.jsonl", b'{"text": null}\n', "NoneType under that key"),
     "number": ("a.jsonl", b'{"text": 3}\n', "int under that key"),
@@ -200,6 +222,10 @@ def test_bad_files_are_named(tmp_path, name, content, words):
 def test_bad_parquet_columns_are_named(tmp_path):
     pq.write_table(pa.table({"body": TEXTS}), tmp_path / "a.parquet")
     with pytest.raises(UserError, match=r'"text"; got the columns body in .*a\.parquet'):
+        texts_of(tmp_path)
+    columns = [pa.array(["one"]), pa.array(["other"])]
+    pq.write_table(pa.Table.from_arrays(columns, names=["text", "text"]), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r'"text"; got 2 columns of that name in .*a\.parquet'):
         texts_of(tmp_path)
     pq.write_table(pa.table({"text": ["ok", None]}), tmp_path / "a.parquet")
     with pytest.raises(UserError, match=r"NoneType under that key in .*a\.parquet row 2"):

@@ -110,6 +110,22 @@ def test_128000_ranks_get_the_reserved_ids_of_llama3(load):
     assert tokenizer.decode([128000]) == "<|begin_of_text|>"
 
 
+@pytest.mark.parametrize("space", [" ", "\t ", "\u00a0"])
+def test_white_space_without_end_is_encoded(bpe, space):
+    tokenizer = build_tokenizer(Data(tokenizer=str(bpe)))
+    text = "hello" + space * 1_000_000 + "hello"
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.encode_document(text.encode()).tolist() == [tokenizer.bos_id, *ids, tokenizer.eos_id]
+
+
+def test_only_white_space_without_end_is_cut(bpe):
+    """Elsewhere ids are tiktoken's own for the whole text, however long."""
+    tokenizer = build_tokenizer(Data(tokenizer=str(bpe)))
+    for text in ("hello w\n" * 20_000, "l" * 150_000, "w" + " " * 99_999 + "w" + "\n" * 99_999 + "hell"):
+        assert tokenizer.encode(text) == tokenizer._encoding.encode_ordinary(text)
+
+
 def test_identity_follows_content_not_place(load, bpe):
     first = build_tokenizer(Data(tokenizer=str(bpe))).identity
     assert load(bpe_lines(BYTES + MERGES)).identity == first

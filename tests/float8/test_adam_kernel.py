@@ -75,12 +75,13 @@ def differences_of_p(slot, twin, before, lr, limit, weight_decay=0.1, master=1.0
     return int((~((p - q).abs() <= bound + neighbours) & ~both).sum())
 
 
-def compare(formats, grad_dtype, block, rounding, whole, device, steps=3, spoil=False):
+def compare(formats, grad_dtype, block, rounding, whole, device, steps=3, spoil=False, most_rows=70):
     """Run kernel and reference side by side; how many elements differ in any step (of p: by more than its bound)."""
     p, m, v = formats
     rule = adam.Rule(0.9, 0.95, 1e-8, 0.1, block, *rounding, seed=2**31 - 5)
     columns = 512 if whole else 307
-    slots = [new_slot((rows, columns), p, m, v, block, i, device) for i, rows in enumerate((1, 70, 33))]
+    heights = 1, most_rows, most_rows // 2
+    slots = [new_slot((rows, columns), p, m, v, block, i, device) for i, rows in enumerate(heights)]
     twins = [copy(slot) for slot in slots]
     launch = adam.Launch(slots, range(3), grad_dtype, rule, whole)
     inverse, go = torch.tensor(0.7, device=device), torch.zeros((), device=device)
@@ -161,7 +162,7 @@ def test_in_the_interpreter():
         capture_output=True,
         text=True,
         env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(Path(__file__).parents[2])},
-        timeout=120,
+        timeout=300,
     )
     assert done.returncode == 0 and done.stdout == "0 0 0 0 0 0\n", done.stdout + done.stderr[-2000:]
 
@@ -170,12 +171,12 @@ if __name__ == "__main__":
     torch.manual_seed(0)
     kinds = [
         ((BF16, E4M3, E5M2), BF16, 64, (True, True)),
-        ((F16, E5M2, E4M3), BF16, 48, (True, True)),
+        ((F16, E5M2, E4M3), BF16, 32, (True, True)),
         ((BF16, E4M3, E5M2), F32, 0, (True, True)),
     ]
     print(
         *(
-            compare(*kind, whole and kind[2] != 48, "cpu", steps=2)
+            compare(*kind, whole, "cpu", steps=2, most_rows=14)
             for kind, whole in itertools.product(kinds, (True, False))
         )
     )

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from titan_fp8.float8.formats import E4M3, E5M2, saturating_cast
-from titan_fp8.float8.kernels.cast import cast, cast_joined, cast_rows, reference
+from titan_fp8.float8.kernels.cast import cast, cast_joined, cast_rows, reference, transpose
 
 
 def draw(*shape: int, dtype: torch.dtype, device: str = "cpu") -> torch.Tensor:
@@ -64,6 +64,17 @@ def test_columns_may_have_scales_of_their_own(device, transposed):
         assert torch.equal(cast_rows(x, scales, E4M3).float(), expected.float())
     again = cast_joined([got], scales, E4M3, transposed)  # FP8 already: not scaled again
     assert torch.equal(again.float(), expected.float() if transposed else got.float())
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("dtype", [E4M3, E5M2])
+@pytest.mark.parametrize("shape", [(48, 72), (64, 256), (1024, 512)])
+def test_bytes_of_fp8_are_transposed(shape, dtype, device):
+    """All that a saturating cast makes, NaN among it; sizes that the kernel takes in whole vectors, and one that is not."""
+    codes = torch.randint(256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    codes = torch.where(codes.view(dtype).float().isfinite(), codes, 0x7F).to(device)
+    got = transpose(codes.view(dtype))
+    assert got.is_contiguous() and torch.equal(got.view(torch.uint8), codes.t())
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

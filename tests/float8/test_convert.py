@@ -194,7 +194,8 @@ def test_checkpoints_hold_the_state_under_its_own_name(tiny_decoder):
     extra = {name: tensor.shape for name, tensor in model.state_dict().items() if name not in plain}
     per_tensor = ("scale", "last_amax", "saturation", "saturated_steps", "nonfinite_steps")
     n = 2 * 12 + 2 * 5
-    expected = {"history": (7, n), "steps": ()} | dict.fromkeys(per_tensor, (n,))
+    (same,) = (name for name in scaling_state(model).state_dict() if name.startswith("tensors_and_formats_"))
+    expected = {"history": (7, n), "steps": (), same: ()} | dict.fromkeys(per_tensor, (n,))
     assert extra == {f"float8_state.{name}": shape for name, shape in expected.items()}
     assert plain <= set(model.state_dict())
 

@@ -58,7 +58,7 @@ def test_casts_of_attention(written):
     ):
         got = written(attention_cast, launch, x, one(), one(), E4M3, True, plain, transposed, False)
         assert got == [["seen", *results]]
-    arguments = (x, x, one(), one(), one(), E5M2, False, 256.0)
+    arguments = (x, x, one(), one(), one(), E5M2, False)
     got = written(attention_cast, attention_cast.launch_cast_gradient, *arguments)
     assert got == [["x8", "x8_t", "delta"]]
 

@@ -8,41 +8,56 @@ import triton
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
 
 from titan_fp8 import loss
 from titan_fp8.float8.formats import E4M3, E5M2
-from titan_fp8.float8.kernels import activation, attention, attention_cast, cast, moments, softmax
-
-TYPES = {
-    torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", E4M3: "fp8e4nv", E5M2: "fp8e5", torch.int64: "i64",
-}  # fmt: skip
+from titan_fp8.float8.kernels import (
+    activation,
+    adam,
+    attention,
+    attention_backward,
+    attention_cast,
+    attention_forward,
+    cast,
+    cosines,
+    moments,
+    softmax,
+)
 
 
 @pytest.fixture
-def compiled(launched):
-    """compiled(module, operator, *arguments) -> names of the kernels it launches, each compiled for a Hopper GPU."""
+def compiled(monkeypatch):
+    """compiled(function, *arguments) -> names of the kernels it launches, each compiled for Hopper as it would be there.
 
-    def compiled(module, operator, *arguments) -> list[str]:
-        return [build(*launch) for launch in launched(module, operator, *arguments)]
+    function: an operator or a launcher. Tensors are on CPU: Triton specialises on alignment, sizes and dtypes alone.
+    """
 
-    def build(kernel, args, options) -> str:
-        values = dict(zip(kernel.arg_names, args, strict=False)) | options
-        signature, constants = {}, {}
-        for parameter in kernel.params:
-            value = values[parameter.name]
-            if parameter.is_constexpr or (isinstance(value, int) and value == 1):
-                signature[parameter.name], constants[parameter.name] = "constexpr", value
-            elif isinstance(value, Tensor):
-                signature[parameter.name] = "*" + TYPES[value.dtype]
-            else:
-                signature[parameter.name] = "i32" if isinstance(value, int) else "fp32"
-        source = ASTSource(kernel, signature, constexprs=constants)
-        found = triton.compile(
-            source, target=GPUTarget("cuda", 90, 32), options={"num_warps": options["num_warps"]}
-        )
-        assert found.asm["cubin"] and found.metadata.shared <= 232448
-        return kernel.__name__
+    class Hopper:
+        def get_current_target(self):
+            return GPUTarget("cuda", 90, 32)
+
+        def get_current_device(self):
+            return 90  # no device has that number: what is compiled here is kept apart
+
+        def get_current_stream(self, device=None):
+            return 0
+
+    names: list[str] = []
+    run = JITFunction.run
+
+    def compile_only(self, *arguments, grid, warmup, **options):
+        kernel = run(self, *arguments, grid=grid, warmup=True, **options)
+        assert kernel.asm["cubin"] and kernel.metadata.shared <= 232448
+        names.append(self.fn.__name__)
+
+    monkeypatch.setattr(triton.runtime.driver, "_active", Hopper())
+    monkeypatch.setattr(JITFunction, "run", compile_only)
+
+    def compiled(function, *arguments) -> list[str]:
+        names.clear()
+        getattr(function, "_init_fn", function)(*arguments)
+        return list(names)
 
     return compiled
 
@@ -62,28 +77,80 @@ def test_activations(compiled, kind):
     channels = torch.ones(256) if kind == "swiglu" else None
     for channel in (None, channels):
         forward = (h, alphas, one(), one(), kind, True, channel)
-        assert compiled(activation, activation.activate_op, *forward) == ["_forward_kernel"]
+        assert compiled(activation.activate_op, *forward) == ["_forward_kernel"]
         backward = (half(64, 256), h, alphas, one(), one(), one(), kind, E5M2, True, channel, channel)
-        assert compiled(activation, activation.activate_backward_op, *backward) == ["_backward_kernel"]
+        assert compiled(activation.activate_backward_op, *backward) == ["_backward_kernel"]
 
 
 def test_casts(compiled):
     for dtype in (E4M3, E5M2):
-        assert compiled(cast, cast.cast_op, half(64, 128), one(), one(), dtype, True, True, True) == [
+        assert compiled(cast.cast_op, half(64, 128), one(), one(), dtype, True, True, True) == [
             "_cast_kernel"
         ]
     matrices = [half(64, 128), half(32, 128), half(32, 128)]
     for transposed in (False, True):
-        assert compiled(cast, cast.cast_joined_op, matrices, one(), E4M3, transposed) == ["_join_kernel"]
-    x, launch = half(2, 4, 128, 64), attention_cast.launch_cast
+        assert compiled(cast.cast_joined_op, matrices, one(), E4M3, transposed) == ["_join_kernel"]
+    for dtype in (E4M3, E5M2):
+        gathered = [torch.zeros(64, 128, dtype=dtype)]
+        assert compiled(cast.cast_joined_op, gathered, one(), dtype, True) == ["_cast_kernel"]
+        assert compiled(cast.cast_joined_op, 2 * gathered, one(), dtype, True) == ["_join_kernel"]
+
+
+@pytest.mark.parametrize("C", [64, 128])
+def test_attention(compiled, C, monkeypatch):
+    """Casts, forward and backward as they follow each other; odd length, GQA."""
+    for module in (attention_forward, attention_backward):
+        monkeypatch.setattr(module, "require_hopper", lambda device: None)
+    B, S, L = 2, 200, 256
+
+    def rows(heads: int) -> Tensor:
+        return half(B, S, heads, C).transpose(1, 2)
+
+    def fp8(heads: int, dtype: torch.dtype = E4M3) -> tuple[Tensor, Tensor]:
+        return torch.zeros(B, heads, L, C, dtype=dtype), torch.zeros(B, heads, C, L, dtype=dtype)
+
     for pairs in (False, True):
-        assert compiled(attention_cast, launch, x, one(), one(), E4M3, True, True, True, pairs) == [
-            "_cast_kernel"
-        ]
-    gradient = (x, x, one(), one(), one(), E5M2, True, 256.0)
-    assert compiled(attention_cast, attention_cast.launch_cast_gradient, *gradient) == [
-        "_cast_gradient_kernel"
+        arguments = (rows(2), one(), one(), E4M3, True, True, True, pairs)
+        assert compiled(attention_cast.launch_cast, *arguments) == ["_cast_kernel"]
+    (q8, q8_t), (k8, k8_t), (v8, v8_t) = fp8(4), fp8(2), fp8(2)
+    forward = (q8, k8, v8_t, one(), one(), one(), 0.1, S)
+    assert compiled(attention_forward.launch_forward, *forward) == ["forward_kernel"]
+    for dtype in (E4M3, E5M2):
+        arguments = (rows(4), rows(4), one(), one(), one(), dtype, True)
+        assert compiled(attention_cast.launch_cast_gradient, *arguments) == ["_cast_gradient_kernel"]
+        scales = [one() for _ in range(5)]
+        backward = (
+            q8, k8, q8_t, k8_t, v8, *fp8(4, dtype), torch.zeros(B, 4, L), torch.zeros(B, 4, L), *scales,
+            torch.zeros(()), 0.1, S, dtype, True,
+        )  # fmt: skip
+        assert compiled(attention_backward.launch_backward, *backward) == ["kv_kernel", "q_kernel"]
+
+
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("block", [0, 16, 256])
+def test_adam(compiled, block, whole):
+    """Each format of moments and parameters; stochastic rounding."""
+    columns = 512 if whole else 300
+    kinds = [
+        (torch.float32, E4M3, E5M2),
+        (torch.bfloat16, E5M2, E4M3),
+        (torch.float16, torch.float32, torch.bfloat16),
     ]
+    for formats in kinds:
+        p, m, v = (torch.zeros(64, columns, dtype=dtype) for dtype in formats)
+        shape = (64, -(-columns // block)) if block else ()
+        scales = [torch.ones(shape) if x.dtype.itemsize == 1 else None for x in (m, v)]
+        rule = adam.Rule(0.9, 0.95, 1e-8, 0.1, block, True, True, seed=2**40)
+        launch = adam.Launch([adam.Slot(p, m, v, *scales)], [0], torch.bfloat16, rule, whole)
+        amaxes = torch.zeros(1, 2, dtype=torch.int32)
+        arguments = torch.zeros(1, dtype=torch.int64), torch.zeros(1, 6), one(), one(), amaxes, amaxes[:, 0]
+        for only_amax in (False, True)[: 1 if block else 2]:
+            assert compiled(launch, *arguments, only_amax) == ["_adam_kernel"]
+
+
+def test_cosines(compiled):
+    for width in (64, 1500, 4096):
+        assert compiled(cosines._launch, half(70, width), half(70, width)) == ["_cosines_kernel"]
 
 
 @pytest.mark.parametrize("known", [False, True])
@@ -92,13 +159,13 @@ def test_moments(compiled, sums, known):
     x, table = half(1, 2, 64, 1, 512), torch.zeros(2, 4, 8, dtype=torch.float64)
     scale = None if sums and known else one()
     arguments = (x, table, scale, one() if known else None, 448.0, 2.0**-10, sums, known)
-    assert compiled(moments, moments.moments_op, *arguments) == ["_moments_kernel"]
+    assert compiled(moments.moments_op, *arguments) == ["_moments_kernel"]
 
 
 def test_loss(compiled):
     labels, lse = torch.zeros(64, dtype=torch.int64), torch.zeros(64)
     arguments = (half(64, 128), labels, lse, torch.zeros(128, 64, dtype=E5M2))
-    assert compiled(softmax, softmax.softmax_gradient_op, *arguments) == ["_softmax_gradient_kernel"]
+    assert compiled(softmax.softmax_gradient_op, *arguments) == ["_softmax_gradient_kernel"]
 
 
 @pytest.mark.skipif(torch.version.cuda is None, reason="needs a build of torch for CUDA, though no GPU")

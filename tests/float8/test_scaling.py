@@ -292,17 +292,30 @@ def test_ranks_agree_on_the_largest_amax_and_on_nan(tmp_path):
     assert state.scale.tolist() == [112.0, 57344 / 4]
 
 
-def test_a_skipped_step_keeps_huge_gradients_out_of_the_history():
-    """A huge, just finite gradient, in a step skipped for another's overflow, must not flush later ones to zero."""
+def test_a_skipped_step_stays_out_of_the_history():
+    """What is huge and just finite, in a step skipped for another's overflow, must not flush later tensors to zero."""
     state, x, dy = setup(history=4)
-    for largest, gradient, skipped in ((2.0, 1.0, False), (4.0, 1e38, True), (4.0, 1.0, False)):
-        cast(state, x, largest)
+    for activation, gradient, skipped in ((2.0, 1.0, False), (1e38, 1e38, True), (2.0, 1.0, False)):
+        cast(state, x, activation)
         cast(state, dy, gradient)
         state.skipped = torch.tensor(skipped)
         state.update()
-        assert float(dy.scale) == 57344
-    assert float(x.scale) == 448 / 4  # activations of the skipped step are as good as any
+        assert (float(x.scale), float(dy.scale)) == (448 / 2, 57344)
+    assert state.saturated_steps.tolist() == [1, 1]  # it is seen all the same
     assert state.skipped is None
+
+
+def test_the_first_step_that_is_not_skipped_is_the_first():
+    """Nothing is known of a skipped one: scales from its amaxes, or from none, would clamp or flush whole tensors."""
+    state, x, dy = setup(history=2)
+    for activation, gradient, skipped in ((1.0, math.inf, True), (1e38, 1e-30, True), (4.0, 2.0, False)):
+        assert cast(state, x, activation) == torch.tensor(448.0) / activation
+        cast(state, dy, gradient)
+        state.skipped = torch.tensor(skipped)
+        state.update()
+        assert state.recipe.calibrating is skipped and int(state.steps) == (not skipped)
+    assert (float(x.scale), float(dy.scale)) == (448 / 4, 57344 / 2)
+    assert state.nonfinite_steps.tolist() == [0, 1] and state.saturated_steps.tolist() == [0, 0]
 
 
 def test_weights_amaxes_from_the_optimizer_or_read_once_more():
@@ -451,6 +464,22 @@ def test_a_features_amax_that_is_not_finite_is_counted_and_forgotten(bad):
     assert state.nonfinite_steps.tolist() == [0, 1, 0] and state.report()["z"]["amax"] == math.inf
     torch.testing.assert_close(state.channel_amax, torch.tensor([[4.0, 4.0 / 2**0.25, 4.0, 4.0]]))
     assert z.channel_scale.isfinite().all() and down.scale.isfinite() and not z.channel_amax.any()
+
+
+def test_features_of_a_skipped_step_are_forgotten():
+    state, z, down = features()
+    state.skipped = torch.tensor(True)
+    see(z, [1e30, math.inf, 4.0, 4.0])
+    state.update()
+    assert z.channel_scale.tolist() == [1.0] * 4 and down.scale == 448 / 8, "as before the first step"
+    see(z, [6.0, 6.0, 6.0, 6.0])
+    state.update()
+    known = z.channel_scale.clone()
+    state.skipped = torch.tensor(True)
+    see(z, [6.0, 1e30, 6.0, 6.0])
+    state.update()
+    assert state.report()["z"]["amax"] == 1e30 * known[1]
+    assert torch.equal(z.channel_scale, known) and down.scale.isfinite()
 
 
 def test_features_scales_come_back_from_a_checkpoint():

@@ -47,9 +47,7 @@ def build(gather: str, compile: bool, checkpointing: str, smooth: bool) -> nn.Mo
         activation_checkpoint=ActivationCheckpoint(mode=checkpointing),
         compile=SimpleNamespace(enable=compile, components=["model"], backend="aot_eager"),
         job=SimpleNamespace(dump_folder="."),
-        training=SimpleNamespace(
-            mixed_precision_param="bfloat16", mixed_precision_reduce="float32", enable_cpu_offload=False
-        ),
+        training=SimpleNamespace(mixed_precision_param="bfloat16", mixed_precision_reduce="float32"),
         parallelism=SimpleNamespace(fsdp_reshard_after_forward="default"),
     )
     args = DecoderArgs(dim=64, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=64, seq_len=16)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
@@ -208,3 +209,41 @@ def test_foreign_folders_are_refused(tmp_path, llama):
         refusal(lambda path=path: adapter.get_hf_storage_reader(path), path, *words)
     tied, _ = llama(tied=True)
     refusal(lambda: tied.get_hf_storage_reader(str(tmp_path / "good")), "lm_head.weight", "tie_embeddings")
+
+
+def test_a_config_that_computes_something_else_is_refused(tmp_path, llama):
+    """The weights fit, and logits would be others."""
+    adapter, _ = llama()
+    theirs().save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    plain = json.loads(path.read_text())
+
+    def read(left_out: tuple[str, ...] = (), **keys) -> object:
+        path.write_text(json.dumps({k: v for k, v in plain.items() if k not in left_out} | keys))
+        return adapter.get_hf_storage_reader(str(tmp_path))
+
+    read()
+    old = {"left_out": ("rope_parameters",), "rope_theta": 5e5}  # as transformers 4 wrote it
+    read(**old, rope_scaling=None)
+    read(**old, rope_scaling={"rope_type": "default"})
+    read(sliding_window=16)  # as long as the sequences of training
+    read(sliding_window=4, use_sliding_window=False)
+    llama3 = {"rope_type": "llama3", "factor": 8.0, "rope_theta": 5e5}
+    for keys, words in (
+        ({"left_out": ("rope_parameters",)}, ("rope_theta 10000.0", "500000.0")),
+        (
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+            ("rope_theta 10000.0", "500000.0"),
+        ),
+        ({"rope_parameters": llama3}, ("RoPE scaling llama3", "this decoder has none")),
+        (old | {"rope_scaling": {"type": "linear", "factor": 2.0}}, ("RoPE scaling linear", "has none")),
+        ({"rms_norm_eps": 1e-6}, ("rms_norm_eps 1e-06", "1e-05")),
+        ({"hidden_act": "gelu"}, ("hidden_act gelu", "silu")),
+        ({"num_attention_heads": 8, "num_key_value_heads": 4}, ("num_attention_heads 8", "it is 4")),
+        ({"sliding_window": 8}, ("sliding_window 8", "seq_len 16")),
+    ):
+        refusal(lambda keys=keys: read(**keys), str(tmp_path), "flavor", *words)
+    path.write_text("{")
+    refusal(lambda: adapter.get_hf_storage_reader(str(tmp_path)), "must be JSON", "remove it")
+    path.unlink()
+    adapter.get_hf_storage_reader(str(tmp_path))

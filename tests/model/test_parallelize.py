@@ -31,9 +31,7 @@ def config(mode: str = "none", option: str = "op", compile: bool = False) -> Sim
         activation_checkpoint=ActivationCheckpoint(mode=mode, selective_ac_option=option),
         compile=SimpleNamespace(enable=compile, components=["model", "loss"], backend="aot_eager"),
         job=SimpleNamespace(dump_folder="."),
-        training=SimpleNamespace(
-            mixed_precision_param="float32", mixed_precision_reduce="float32", enable_cpu_offload=False
-        ),
+        training=SimpleNamespace(mixed_precision_param="float32", mixed_precision_reduce="float32"),
         parallelism=SimpleNamespace(fsdp_reshard_after_forward="default"),
     )
 

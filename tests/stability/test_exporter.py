@@ -197,6 +197,28 @@ def test_the_cause_is_one(samples):
     assert len(causes(samples(train(4, cause=None)))) == 0
 
 
+def test_what_a_step_does_not_tell_is_served_no_longer(samples):
+    """Attention leaves FP8 while its tensors clamp, and a kurtosis is not finite any more; a step without statistics tells
+    of none, and takes none away."""
+    row = train(1)
+    for name, values in row["statistics"].items():
+        if "inner_attention" in name:
+            values |= {"headroom": -2.5, "saturated_share": 0.01}
+    before = samples(RUN, row)
+    assert before["titan_fp8_fp8_saturated_ratio", (("layer", "0"),)] == 0.01
+    row = train(2)
+    row["statistics"] = {name: s for name, s in row["statistics"].items() if "inner_attention" not in name}
+    row["statistics"]["layers.0.ffn_act"] = {"nonfinite": 3}
+    got = samples(row)
+    gone = {("titan_fp8_activation_kurtosis", (("layer", "0"), ("site", "ffn_act")))}
+    gone |= {key for key in before if "inner_attention" in str(key)}
+    assert len(gone) == 11 and before.keys() - got.keys() == gone
+    assert got["titan_fp8_fp8_saturated_ratio", (("layer", "0"),)] == 0.0
+    unseen = {key: value for key, value in train(3).items() if key != "statistics"}
+    assert samples(unseen).keys() == got.keys()
+    assert samples(train(4)).keys() == before.keys()
+
+
 def test_a_run_without_statistics_has_no_such_series(samples):
     """As with stability.statistics = false, or in a BF16 run: absent, not 0."""
     row = {key: value for key, value in train(1).items() if key not in ("statistics", "fp8", "risk", "cause")}
@@ -250,6 +272,20 @@ def test_a_text_file_for_node_exporter(tmp_path):
     exporter.close()
     exporter.close()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_after_an_error_the_text_file_stays_with_the_last_row(tmp_path):
+    """As after a stop because of NaN, which an alert must see."""
+    path = tmp_path / "run.prom"
+    exporter = Exporter(textfile=str(path))
+    exporter.start()
+    with pytest.raises(UserError):
+        try:
+            exporter.update(train(1, loss=math.nan))
+            raise UserError("step 1: the loss is not finite")
+        finally:
+            exporter.close()
+    assert "\ntitan_fp8_loss NaN\n" in path.read_text()
 
 
 def test_a_disk_that_fails_or_hangs_does_not_touch_training(tmp_path, monkeypatch, caplog):

@@ -61,6 +61,23 @@ def test_memory_within_a_tenth_and_speed_within_15_percent_of_what_was_measured(
     assert result["milliseconds"]["tokens_per_second"] == pytest.approx(row["tokens_per_second"], rel=0.15)
 
 
+def test_tensor_parallel_that_cuts_blocks_costs_the_fp8_moments_of_these_rows(tool):
+    """Llama 2's 11008 features are 43 blocks of 256: two ranks would share one. w2's moments are float32 then."""
+    args = FLAVORS["llama2_7b"]
+    args.apply(Architecture(preset="llama", vocab_size=32768))
+    args.seq_len = 4096
+    config = ["--job.config_file", str(ROOT / "train_configs" / "llama2_7b_fp8.toml")]
+    layout, gpu = tool.Layout(1, 4, 2, 1, 4096, 1), tool.GPUS["h100"]
+    gib = {}
+    for block in (256, 128):
+        recipe = tool.recipe_of(tool.load_config([*config, f"--optimizer.fp8.block_size={block}"]))
+        gib[block] = tool.plan(args, recipe, layout, gpu, ["layers.*"])["memory_gib"]["optimizer"]
+    w2, scales = args.n_layers * args.dim * 11008, 8 / 128 - 8 / 256
+    total = tool.Parameters.of(args, ["layers.*"], True).total
+    extra = w2 * (8 - 2 - 8 / 256) - total * scales
+    assert (gib[256] - gib[128]) * 2**30 * 8 == pytest.approx(extra)
+
+
 def test_splitting_a_model_splits_its_memory_and_halves_the_bytes_that_travel(tool):
     args = FLAVORS["8b"]
     args.apply(Architecture(preset="fog_max", vocab_size=32768))

@@ -31,7 +31,7 @@ from titan_fp8.errors import UserError
 
 VERSION = 1
 MANIFEST = "manifest.json"
-_PREPARE = "tools/prepare_data.py"
+PREPARE = "tools/prepare_data.py"
 _SAMPLES, _SAMPLE_BYTES = 16, 4096
 
 
@@ -114,16 +114,16 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise UserError(
             f"a shard folder must hold {MANIFEST}; got {folder} without one; "
-            f"prepare it with {_PREPARE} or correct [data] path"
+            f"prepare it with {PREPARE} or correct [data] path"
         ) from error
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"{MANIFEST} must be one that {_PREPARE} wrote; got {path}: {error}; prepare the shards again"
+            f"{MANIFEST} must be one that {PREPARE} wrote; got {path}: {error}; prepare the shards again"
         ) from error
     if version != VERSION:
         raise UserError(
             f"shards must be of format version {VERSION}; got version {version} in {path}; "
-            f"prepare them again with this {_PREPARE}"
+            f"prepare them again with this {PREPARE}"
         )
     return manifest
 
@@ -134,7 +134,7 @@ def finished_manifest(folder: Path, tokenizer: Tokenizer) -> dict[str, Any]:
     if not manifest["complete"]:
         raise UserError(
             f"shards must be finished; got {folder}, whose preparation was stopped; "
-            f"run {_PREPARE} with the same arguments to finish it"
+            f"run {PREPARE} with the same arguments to finish it"
         )
     made_with = manifest["tokenizer"]["identity"]
     if made_with != tokenizer.identity:
@@ -182,7 +182,7 @@ class Shards:
 
     Raises:
         UserError: the folder is not finished, was made with another tokenizer, lacks the split, or a shard is
-            missing, truncated, or holds other bytes than the manifest says.
+            missing, of another size, or holds other bytes in those that `damage` looks at.
     """
 
     def __init__(self, folder: Path, split: Split, tokenizer: Tokenizer) -> None:
@@ -198,7 +198,7 @@ class Shards:
             if problem:
                 raise UserError(
                     f"a shard must be whole; got {folder / entry['file']}: {problem}; copy it again, or "
-                    f"run {_PREPARE} with the arguments that made it"
+                    f"run {PREPARE} with the arguments that made it"
                 )
         dtype = np.dtype(manifest["dtype"]).newbyteorder("<")
         self._arrays = [np.memmap(folder / entry["file"], dtype, mode="r") for entry in entries]

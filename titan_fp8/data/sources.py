@@ -4,7 +4,7 @@ A document is non-empty utf-8 text, carried as bytes. A source is a list of file
 
     builtin   the .py files of Python's standard library and its help topics, at most 12 MB; what is mostly
               a table (character sets, opcodes, build settings …) is left out
-    files     one file, or a folder walked recursively in sorted order:
+    files     one file, or a folder walked recursively, each folder once, links followed, in sorted order:
               .jsonl .ndjson .json (one object per line; also .gz, .xz) and .parquet hold many documents,
               a plain text file (.txt .md .py …) is one document
 
@@ -188,12 +188,19 @@ def _walk(root: Path) -> list[File]:
     """Every readable file below root, sorted by its name relative to root; dot files are left out."""
     found: list[File] = []
     skipped: list[str] = []
+    seen: set[str] = set()
 
     def refuse(error: OSError) -> None:
         raise _unreadable(Path(error.filename), error)
 
-    for folder, folders, names in os.walk(root, onerror=refuse):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+    for folder, folders, names in os.walk(root, onerror=refuse, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in seen:  # links may lead to one folder twice, or round in a circle
+            folders.clear()
+            continue
+        seen.add(real)
+        # Sorted: by which of its names a folder is met first must not depend on the disk.
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
         for path in (Path(folder, name) for name in names if not name.startswith(".")):
             name = path.relative_to(root).as_posix()
             reader = _reader(path)
@@ -295,7 +302,7 @@ def _records(opener: Callable, path: Path, text_key: str) -> Iterator[tuple[byte
             _check_utf8(line, place)
             try:
                 record = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise _bad_record(place, text_key, f"no JSON ({error})") from error
             if not isinstance(record, dict):
                 raise _bad_record(place, text_key, f"a {type(record).__name__}")
@@ -315,6 +322,8 @@ def _read_parquet(path: Path, text_key: str) -> Iterator[bytes]:
             names = file.schema_arrow.names
             if text_key not in names:
                 raise _bad_record(str(path), text_key, f"the columns {', '.join(names[:8])}")
+            if names.count(text_key) > 1:
+                raise _bad_record(str(path), text_key, f"{names.count(text_key)} columns of that name")
             for group in range(file.num_row_groups):
                 for value in file.read_row_group(group, columns=[text_key]).column(text_key):
                     row += 1

@@ -24,7 +24,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from titan_fp8.data.shards import Shards, permute, token_dtype
+from titan_fp8.data.shards import PREPARE, Shards, permute, token_dtype
 from titan_fp8.data.sources import Source, Split, hash64
 from titan_fp8.data.tokenizer import Tokenizer
 from titan_fp8.errors import UserError
@@ -260,7 +260,10 @@ class _Block:
 
 
 class ShardStream:
-    """Prepared tokens. Position is the number of samples alone."""
+    """Prepared tokens. Position is the number of samples alone.
+
+    `groups` raises UserError at an id that the tokenizer does not have: loading looks at few bytes of a shard (shards.py).
+    """
 
     def __init__(
         self,
@@ -287,6 +290,7 @@ class ShardStream:
             *_common_facts(tokenizer, seq_len, seed),
         ]
         self._seq_len, self._seed, self._repeat = seq_len, seed, repeat
+        self._vocab = tokenizer.get_vocab_size()
 
     def groups(self, at: Position, count: int, mine: slice) -> Iterator[Group]:
         begin, s = at.samples, self._seq_len
@@ -303,6 +307,11 @@ class ShardStream:
             rows = np.empty((len(places), s + 1), np.int64)
             for row, place in zip(rows, places, strict=True):
                 row[:] = self._shards.read(int(place) * s, s + 1)
+            if (largest := rows.max(initial=0)) >= self._vocab:
+                raise UserError(
+                    f"a shard must hold ids below the tokenizer's {self._vocab}; got {largest} in {self.where}; "
+                    f"run {PREPARE} --out {self.where} --verify, which names the damaged shard"
+                )
             begin += n
             yield Group(n, rows, Position(begin))
 

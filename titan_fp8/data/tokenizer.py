@@ -17,7 +17,9 @@ import binascii
 import hashlib
 import importlib.util
 import json
+import re
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,10 @@ _LLAMA3_RANKS = 128_000
 _LLAMA3_SPECIALS = 256
 # Nothing ever merges, so the pieces only bound the work per piece.
 _BYTE_PATTERN = r"[\s\S]{1,64}"
+# The patterns try every end of a run of white space, and tiktoken gives up where it has 500,000 characters or more. Runs are
+# cut into pieces of so many; no text that means anything has one.
+_MOST_SPACES = 100_000
+_SPACES = re.compile(rf"(?<!\s)\s{{{_MOST_SPACES},}}")
 _TEKKEN_NAMES = {0: "<unk>", 1: "<s>", 2: "</s>", 11: "<pad>"}
 
 
@@ -69,7 +75,7 @@ class Tokenizer:
 
     def encode(self, text: str, add_bos: bool = False, add_eos: bool = False) -> list[int]:
         """Ids of `text`. A special token's name inside the text is plain text, never the special token."""
-        ids = self._encoding.encode_ordinary(text)
+        ids = [token for piece in _pieces(text) for token in self._encoding.encode_ordinary(piece)]
         if add_bos and self.bos_id is not None:
             ids.insert(0, self.bos_id)
         if add_eos and self.eos_id is not None:
@@ -78,7 +84,9 @@ class Tokenizer:
 
     def encode_document(self, text: bytes) -> np.ndarray:
         """bos + text (utf-8) + eos as uint32 [tokens]: a document in the packed stream, live or in shards."""
-        ids = self._encoding.encode_to_numpy(text.decode(), allowed_special=set(), disallowed_special=())
+        encode = self._encoding.encode_to_numpy
+        pieces = _pieces(text.decode())
+        ids = np.concatenate([encode(x, allowed_special=set(), disallowed_special=()) for x in pieces])
         out = np.empty(len(ids) + (self.bos_id is not None) + (self.eos_id is not None), np.uint32)
         start = 0
         if self.bos_id is not None:
@@ -102,6 +110,16 @@ class Tokenizer:
         for token, rank in self._ranks.items():
             lengths[rank] = len(token)
         return lengths
+
+
+def _pieces(text: str) -> list[str]:
+    """`text`, cut where white space has no end: nearly always whole."""
+    if len(text) < _MOST_SPACES:
+        return [text]
+    cuts = [0]
+    for run in _SPACES.finditer(text):
+        cuts += range(run.start() + _MOST_SPACES, run.end(), _MOST_SPACES)
+    return [text[begin:end] for begin, end in pairwise([*cuts, len(text)])]
 
 
 def build_tokenizer(data: Data) -> Tokenizer:

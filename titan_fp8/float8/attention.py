@@ -32,7 +32,9 @@ from titan_fp8.errors import UserError
 from .formats import E4M3, E5M2, fold_amax, saturating_cast, short_name
 from .kernels import attention as kernels
 from .kernels import attention_cudnn as cudnn
-from .kernels.attention import P_SCALE  # 256: exact in every format; P in (0, 1] fills E4M3 up to 256 of 448
+from .kernels.attention_cast import (
+    P_SCALE,  # 256: exact in every format; P in (0, 1] fills E4M3 up to 256 of 448
+)
 from .kernels.attention_forward import require_hopper
 from .kernels.gemm import bmm
 from .scaling import CastRule, Recipe, TensorScale, measured_scale, observe, quantize, scale_in_use

@@ -8,9 +8,9 @@ that later steps will use (FOG, arXiv 2505.20524, section 2; the algorithm is Tr
 `TensorScale` is one tensor's slot inside a layer; `DelayedScaling` is the whole model's state and updates every slot at
 once, with one MAX all-reduce. A weight's slot (`WeightScale`) has the amax of now, not of earlier steps: nothing can
 jump, and margin does not apply. A tensor whose features have a scale each (`ChannelScale`, Smooth-SwiGLU) brings, as one
-more row of the same all-reduce, the amaxes of its features, and of the columns of the weight that undoes those scales. On
-the very first step there is no history, and each other tensor is scaled by its own amax.
-So are, at any time, the tensors that `use_current` names: slower, but nothing in them can be clamped.
+more row of the same all-reduce, the amaxes of its features, and of the columns of the weight that undoes those scales.
+Until a first step is not skipped there is no history, and each other tensor is scaled by its own amax. So are, at any time,
+the tensors that `use_current` names: slower, but nothing in them can be clamped.
 
     layers write   slot.amax    (max over micro-batches; recomputation under activation checkpointing changes nothing)
     layers read    slot.scale, and for GEMMs slot.inverse = 1 / scale
@@ -35,6 +35,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from hashlib import blake2b
 from typing import NamedTuple
 
 import torch
@@ -85,7 +86,7 @@ class CastRule(NamedTuple):
 
 @dataclass
 class Recipe:
-    """What the layers of one model share. `calibrating` until the first update: no amax of an earlier step exists.
+    """What the layers of one model share. `calibrating` until a step was not skipped: no amax of an earlier one exists.
 
     `ranks`: everyone with a part of the tensors, who must have one scale in the first step too; parallelize sets it.
     `current`: `DelayedScaling.use_current` named a tensor. Which ones stands in their slots, on the device: all layers share
@@ -304,7 +305,8 @@ class DelayedScaling(nn.Module):
 
     Buffers (saved): history [H, N] and scale, last_amax, saturation [N] float32; saturated_steps, nonfinite_steps [N] and
     steps [] int64; channel_amax and channel_scale [L, F] float32, if L activations have channel scales. `saturation` is
-    the last step's amax over the largest magnitude its scale could hold: above 1 it clamped.
+    the last step's amax over the largest magnitude its scale could hold: above 1 it clamped. tensors_and_formats_<hash> []
+    is 0: its name tells other tensors' state apart, for checkpoints are compared by names and shapes before they are read.
     Not saved: largest [N], the history's maximum; jump [N], the last step's amax over the one before (0: unknown);
     in_use [2, N], what the slots hold: scales, and their inverses.
     """
@@ -342,6 +344,9 @@ class DelayedScaling(nn.Module):
         self.register_buffer("saturated_steps", torch.zeros(n, dtype=torch.int64))
         self.register_buffer("nonfinite_steps", torch.zeros(n, dtype=torch.int64))
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+        formats = repr([(name, short_name(slot.dtype)) for name, slot in slots.items()]).encode()
+        same = f"tensors_and_formats_{blake2b(formats, digest_size=8).hexdigest()}"
+        self.register_buffer(same, torch.zeros((), dtype=torch.int64))
         for name in ("largest", "jump"):
             self.register_buffer(name, torch.zeros(n, dtype=torch.float32), persistent=False)
         self.register_buffer("in_use", torch.ones(2, n, dtype=torch.float32), persistent=False)
@@ -363,7 +368,8 @@ class DelayedScaling(nn.Module):
                 self.register_buffer(name, torch.zeros(shape[0], dtype=torch.int64), persistent=False)
         matrices = sum(len(slot.linears) for slot in self.weight_slots)
         self.register_buffer("weight_index", torch.zeros(matrices, dtype=torch.int64), persistent=False)
-        self.skipped: Tensor | None = None  # [] bool, set by the trainer: this step's gradients overflowed
+        # [] bool, the same on all ranks, set by the trainer: the optimizer left the weights as they were.
+        self.skipped: Tensor | None = None
         # Set by the trainer: parameter -> amax of this rank's part of it (0-dim float32), as the optimizer's last step left
         # it; 0 where that step changed nothing. Unless all weights are there, they are read once more.
         self.stepped: Mapping[Tensor, Tensor] = {}
@@ -458,14 +464,17 @@ class DelayedScaling(nn.Module):
         now.index_copy_(0, self.folded_index, (columns / self.channel_scale).amax(1))
         torch._foreach_copy_([slot.column_amax for slot in self.channel_slots], list(columns.unbind()))
 
-    def _take_channels(self, now: Tensor, features: Tensor | None, columns: Tensor | None) -> None:
+    def _take_channels(
+        self, now: Tensor, features: Tensor | None, columns: Tensor | None, skipped: Tensor | None
+    ) -> None:
         """Write the amaxes of what was cast into `now`, in place, and the features' into channel_amax; scale them anew.
 
-        Those that are not finite show in `now`, and change nothing else."""
+        Those that are not finite, or of a step that was skipped, show in `now`, and change nothing else."""
         if features is None or columns is None:
             return
         cast = features * self.channel_scale
-        seen = torch.where(features.isfinite(), features, 0.0)
+        usable = features.isfinite() if skipped is None else features.isfinite() & ~skipped
+        seen = torch.where(usable, features, 0.0)
         self.channel_amax.copy_(torch.maximum(seen, self.channel_amax * 2.0 ** (-1 / HALF_LIFE)))
         self.channel_scale.copy_(channel_scales(self.channel_amax, columns, HEADROOM + self.recipe.margin))
         # What the first step saw is told as later steps will tell it, so that it can be compared.
@@ -506,11 +515,12 @@ class DelayedScaling(nn.Module):
         """Take this step's amaxes into the history and compute the next step's scales. Call once per step, on every rank.
 
         Amaxes that are not finite are counted and never enter the history: the tensor's previous row stands in. A tensor
-        that saw nothing keeps its scale. In a step that was `skipped`, no gradient's amax enters either: one that is huge
-        and just finite would flush that tensor to zero for `history` steps. No host synchronisation.
+        that saw nothing keeps its scale. Of a step that was `skipped` only weights' amaxes enter: one that is huge and just
+        finite would flush its tensor to zero for `history` steps. No host synchronisation, but until a step is not skipped.
         """
+        skipped, self.skipped = self.skipped, None
         now, features, columns = self._amaxes(self.stepped)
-        self._take_channels(now, features, columns)
+        self._take_channels(now, features, columns, skipped)
         self._fold(now, columns)
         now = torch.where(self.is_weight & (now == 0), self.last_amax, now)  # not stepped: what it was
         finite = now < torch.inf
@@ -526,10 +536,7 @@ class DelayedScaling(nn.Module):
         row = self.steps % rows
         # history[row - 1] would wait for the device.
         previous = self.history.index_select(0, ((row - 1) % rows).view(1))
-        usable = finite
-        if self.skipped is not None:
-            usable = finite & ~(self.is_gradient & self.skipped)
-            self.skipped = None
+        usable = finite if skipped is None else finite & (self.is_weight | ~skipped)
         entry = torch.where(usable, now, previous)
         self.history.index_copy_(0, row.view(1), entry)
         largest = torch.where(self.is_weight, entry[0], self.history.amax(0))
@@ -540,9 +547,11 @@ class DelayedScaling(nn.Module):
             self.scale.index_fill_(0, self.channel_index, 1.0)
         self.largest.copy_(largest)
         self.last_amax.copy_(now)
-        self.steps += 1
+        # A first step that was skipped left nothing to scale by: the next is the first.
+        if not (self.recipe.calibrating and skipped is not None and bool(skipped)):
+            self.steps += 1
+            self.recipe.calibrating = False
         self._write_slots()
-        self.recipe.calibrating = False
 
     @torch.no_grad()
     def rescale_gradients(self, factor: Tensor | float) -> None:

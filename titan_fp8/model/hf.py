@@ -6,8 +6,11 @@ A tied model has no `lm_head.weight`. FP8 scaling state is not part of a Hugging
 
 from __future__ import annotations
 
+import json
 import os
 import re
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -108,7 +111,8 @@ class LlamaAdapter(StateDictAdapter):
         return renamed
 
     def get_hf_storage_reader(self, path: str, from_quantized: bool = False) -> HuggingFaceStorageReader:
-        """Reader of the safetensors in the folder `path`, once their names and shapes are this decoder's.
+        """Reader of the safetensors in the folder `path`, once their names and shapes are this decoder's, and what its
+        config.json, if it has one, says of how they are used.
 
         torchtitan asks the reader for the weights it wants and never learns of others: a bias, a deeper
         model's last layers or an untied head would be dropped in silence. Raises UserError.
@@ -130,4 +134,33 @@ class LlamaAdapter(StateDictAdapter):
                 f"{there.get(name, 'missing')} there, {here.get(name, 'missing')} here: set [model] flavor "
                 f"and [architecture] vocab_size, tie_embeddings, n_layers as the checkpoint has them"
             )
+        for key, theirs, ours in _config_differences(Path(path) / "config.json", self.model_args):
+            raise UserError(
+                f"the model in {path} must compute what this one does, but its config.json has {key} {theirs}, and here it "
+                f"is {ours}: choose a [model] flavor (titan_fp8/model/args.py) that has it, or another checkpoint"
+            )
         return reader
+
+
+def _config_differences(path: Path, args: DecoderArgs) -> Iterator[tuple[str, Any, Any]]:
+    """(key, value there, value here) of what the weights' shapes do not tell. A key left out has transformers' default."""
+    if not path.exists():
+        return
+    try:
+        config = json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path} must be JSON, got: {error}: copy it again, or remove it") from None
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    window = config.get("sliding_window") if config.get("use_sliding_window", True) else None
+    for key, theirs, ours in (
+        ("num_attention_heads", config.get("num_attention_heads", 32), args.n_heads),
+        ("rope_theta", rope.get("rope_theta", config.get("rope_theta", 10_000.0)), args.rope_theta),
+        ("rms_norm_eps", config.get("rms_norm_eps", 1e-6), args.norm_eps),
+        ("hidden_act", config.get("hidden_act", "silu"), "silu"),
+    ):
+        if theirs != ours:
+            yield key, theirs, ours
+    if (scaling := rope.get("rope_type", rope.get("type", "default"))) != "default":
+        yield "RoPE scaling", scaling, "unknown: this decoder has none"
+    if window is not None and window < args.seq_len:
+        yield "sliding_window", window, f"unknown: every token sees all of its seq_len {args.seq_len}"

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torchtitan.config import TORCH_DTYPE_MAP
 from torchtitan.distributed.activation_checkpoint import apply_ac
@@ -21,7 +21,8 @@ from titan_fp8.errors import UserError
 from titan_fp8.float8.kernels import attention as _attention  # noqa: F401  (registers the operator named below)
 from titan_fp8.tensor_parallel import Ranks, local
 
-# With [activation_checkpoint] selective_ac_option = "op": results of these operators are kept, the rest is recomputed.
+# With [activation_checkpoint] selective_ac_option = "op": results of these operators are kept, the rest is recomputed (and
+# every second aten.mm, says torchtitan).
 KEPT_OPS = {
     torch.ops.aten.mm.default,
     torch.ops.aten._scaled_mm.default,
@@ -148,8 +149,6 @@ def _shard(model: nn.Module, mesh: Any, job_config: Any) -> None:
             cast_forward_inputs=False,
         ),
     }
-    if training.enable_cpu_offload:
-        options["offload_policy"] = CPUOffloadPolicy()
     reshard = job_config.parallelism.fsdp_reshard_after_forward != "never"
     for block in model.get_submodule("layers").children():
         fully_shard(block, **options, reshard_after_forward=reshard)

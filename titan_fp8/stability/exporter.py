@@ -2,7 +2,8 @@
 
 This file knows numbers and names only: no model, no torch, no trainer. Names follow the Prometheus convention: the project's
 prefix, then the thing, then its base unit; a counter ends in `_total`. A value that is not finite is served as NaN or +Inf,
-as it is: an alert must see it.
+as it is: an alert must see it. A statistic that is missing from a row with statistics is served no longer: its tensor is not
+cast any more, or it was not finite, which the statistics tell as an event, and `risk` with them.
 
 How many series. Statistics are exported where an alert or a panel needs them, and as coarsely as it can do with: kurtosis of
 the 9 activations of a layer, headroom of its 13 FP8 tensors, and 6 numbers per layer. At 32 layers these are 28 * 32 = 896,
@@ -15,6 +16,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import sys
 import threading
 import time
 from collections.abc import Iterable, Mapping
@@ -173,7 +175,8 @@ class Exporter(Collector):
     Args:
         endpoint: the arguments of Endpoint but its application; None: serve nothing.
         textfile: a *.prom file that is kept up to date, for node_exporter's textfile collector; "": none. It is removed by
-            `close`, so that a run that has ended does not look stalled; a run that was killed does.
+            `close`, so that a run that has ended does not look stalled. It stays, with the last row, when a run is killed or
+            `close` is called while an error is on its way: alerts must see that.
 
     Raises UserError for an endpoint or a textfile that cannot be used.
     """
@@ -234,6 +237,9 @@ class Exporter(Collector):
                 value = _value(row, metric.key, broken)
                 if value is not None:
                     self._set(metric, value)
+        if "statistics" in row:
+            for name in (metric.name for metric in _BY_STATISTIC.values()):
+                self._count -= len(self._values.pop(name, {}))
         largest: dict[tuple[Row, str], float] = {}
         for name, statistics in (row.get("statistics") or {}).items():
             layer, site = _split(name)
@@ -330,9 +336,11 @@ class _Textfile:
         self._thread.start()
 
     def _run(self) -> None:
-        told = False
-        while self.changed.wait() and not self._ends:
+        told = ends = False
+        while not ends:
+            self.changed.wait()
             self.changed.clear()
+            ends = self._ends  # once more then: a row may have come since
             try:
                 write_to_textfile(str(self.path), self._registry)  # a temporary name, then a rename
                 told = False
@@ -347,7 +355,7 @@ class _Textfile:
         self._ends = True
         self.changed.set()
         self._thread.join(timeout=5)  # seconds; a file system that hangs must not hold the end of a run
-        if not self._thread.is_alive():
+        if sys.exc_info()[0] is None and not self._thread.is_alive():
             self.path.unlink(missing_ok=True)
         self._thread = None
 

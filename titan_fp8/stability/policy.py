@@ -111,7 +111,7 @@ class Facts(NamedTuple):
     bad_in_a_row: int = 0
     """The longest run of them."""
     bad_steps: int = 0
-    """Non-finite steps of this process so far."""
+    """Non-finite steps of the run so far."""
     outliers: int = 0
     """Steps so far that the gate found to be outliers,"""
     outliers_skipped: int = 0
@@ -148,7 +148,7 @@ class Policy:
         self._rows, self._mean, self._variance, self._before = 0, 0.0, 0.0, 0.0  # of ln(loss)
         self._normal: int | None = None  # the last logged step whose loss was normal
         self._above = 0  # logged steps since, in a row
-        self._bad_steps = self._outliers = self._skips = 0  # of Facts, as answered so far
+        self._bad_steps = self._outliers = self._skips = 0  # of Facts, as counted so far
 
     def decide(self, step: int, prediction: Prediction | None, facts: Facts) -> list[Action]:
         """What to do after `step`. After a "roll_back" nothing else is under way."""
@@ -174,6 +174,10 @@ class Policy:
         """The checkpoint that must not be purged now, because a spike may lead back to it."""
         return self._good(checkpoints(), self._normal) if self._above and self._normal is not None else None
 
+    def count(self, facts: Facts) -> None:
+        """Take the totals of `facts` as known: after going back, those of the step gone back to."""
+        self._bad_steps, self._outliers, self._skips = facts.bad_steps, facts.outliers, facts.outliers_skipped
+
     # ---- Causes ----
 
     def _skipped(self, step: int, facts: Facts) -> list[Action]:
@@ -181,7 +185,7 @@ class Policy:
         actions = []
         bad, outliers = facts.bad_steps - self._bad_steps, facts.outliers - self._outliers
         skipped = facts.outliers_skipped - self._skips
-        self._bad_steps, self._outliers, self._skips = facts.bad_steps, facts.outliers, facts.outliers_skipped
+        self.count(facts)
         if bad > 0:
             why = f"loss or gradients were not finite, first in step {facts.first_bad}"
             actions.append(Action("skip_step", "nonfinite", why, times=bad))

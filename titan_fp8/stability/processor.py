@@ -156,8 +156,9 @@ class TitanMetricsProcessor(MetricsProcessor):
         self._journal.write(row)
         self._console = Console(row, self._journal.kept, self.color)
         if self.exporter:
+            # Of a checkpoint that was loaded; first, for an alert takes what appears in a run that is known for news.
+            self.exporter.set_actions(self.actions)
             self.exporter.update(row)
-            self.exporter.set_actions(self.actions)  # of a checkpoint that was loaded
 
     def should_log(self, step: int) -> bool:
         """As torchtitan (step 1 and every log_freq steps), and the last step."""

@@ -13,9 +13,10 @@ Per sample, for a rank has whole samples under FSDP. Under tensor parallel it ha
 Attention: logit_max, entropy. FP8 tensors: headroom = log2(fp8_max / (amax scale)), amax_jump = amax / max of its history,
 saturated_share and underflowed_share of the elements, and of gradients that come in rms and kurtosis, all from every 8th row
 of a sample. So are mean, rms and kurtosis of an FP8 feed-forward's ffn_act, which never stands in memory; with
-Smooth-SwiGLU it is the smoothed one, as w2 gets it. amax is of all rows; in these two cases, over all micro-batches. Matrices: weight_rms and update_rms, of every 64th row, exact. Gated
-feed-forwards: largest and 99.9 % quantile of |cos| between the rows of w1 and w3 that meet in a product; the quantile from a
-histogram of angles, 0.09 degrees wide, since a rank has some of the rows. Where SwiGLU's outliers come from, it goes to 1.
+Smooth-SwiGLU it is the smoothed one, as w2 gets it. amax is of all rows; in these two cases, over all micro-batches.
+Matrices: weight_rms and update_rms, of every 64th row, exact. Gated feed-forwards: largest and 99.9 % quantile of |cos|
+between the rows of w1 and w3 that meet in a product; the quantile from a histogram of angles, 0.09 degrees wide, since a
+rank has some of the rows. Where SwiGLU's outliers come from, it goes to 1.
 """
 
 from __future__ import annotations

@@ -78,7 +78,7 @@ ROUNDS = 7  # of Philox; the fewest that pass BigCrush
 
 @dataclass(frozen=True)
 class Rule:
-    """What is the same for all tensors of a launch. `block` 0: one scale per tensor."""
+    """What is the same for all tensors of a launch. `block`: a power of two; 0: one scale per tensor."""
 
     beta1: float
     beta2: float
@@ -314,7 +314,7 @@ def _adam_kernel(
     P_NORMAL: tl.constexpr, M_NORMAL: tl.constexpr, V_NORMAL: tl.constexpr,
     RANDOM_M: tl.constexpr, RANDOM_P: tl.constexpr, ROUNDS: tl.constexpr,
     WHOLE: tl.constexpr, PER_TENSOR: tl.constexpr, ONLY_AMAX: tl.constexpr, VECTOR: tl.constexpr,
-    BLOCK: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr,
+    BLOCK: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr,
     COLUMNS: tl.constexpr, LINES: tl.constexpr,
 ):  # fmt: skip
     # A program takes BLOCKS blocks of one tensor, ROWS at a time. m and v: FP8 where LARGEST is not 0.
@@ -356,10 +356,10 @@ def _adam_kernel(
         m_decode = tl.div_rn(1.0, tl.load(ms_ptr)) if M_LARGEST > 0 else 1.0
         v_decode = tl.div_rn(1.0, tl.load(vs_ptr)) if V_LARGEST > 0 else 1.0
         m_scale, v_scale = _scale(m_amax, M_LARGEST), _scale(v_amax, V_LARGEST)
-    row, lane = tl.arange(0, ROWS), tl.arange(0, PADDED)
+    row, lane = tl.arange(0, ROWS), tl.arange(0, BLOCK)
     OTHER: tl.constexpr = None if WHOLE and ROWS == 1 else 0.0
     # Of |p|, or of |m| and |v|; folded after the loop.
-    largest, largest_v = tl.zeros([ROWS, PADDED], tl.float32), tl.zeros([ROWS, PADDED], tl.float32)
+    largest, largest_v = tl.zeros([ROWS, BLOCK], tl.float32), tl.zeros([ROWS, BLOCK], tl.float32)
 
     for done in range(0, min(BLOCKS, total - first), ROWS):
         block = first + done
@@ -374,7 +374,7 @@ def _adam_kernel(
             column = (blocks % per_row) * BLOCK
             start = 0
             offset = ((blocks // per_row) * columns + column)[:, None] + lane[None, :]
-            inside = exists[:, None] & (lane < BLOCK)[None, :] & (column[:, None] + lane[None, :] < columns)
+            inside = exists[:, None] & (column[:, None] + lane[None, :] < columns)
         g = tl.load(g_ptr + start + offset, mask=inside, other=OTHER).to(tl.float32) * inverse
         m = tl.load(m_ptr + start + offset, mask=inside, other=OTHER).to(tl.float32)
         v = tl.load(v_ptr + start + offset, mask=inside, other=OTHER).to(tl.float32)
@@ -528,8 +528,7 @@ def _options(
     """The kernel's compile-time arguments."""
     p, m, v = formats
     block = rule.block or 256
-    padded = triton.next_power_of_2(block)
-    rows = max(LANES // padded, 1)
+    rows = max(LANES // block, 1)
     return {
         "P": TRITON[p], "G": TRITON[grad_dtype], "M": TRITON[m], "V": TRITON[v],
         "M_LARGEST": FP8_MAX.get(m, 0.0), "V_LARGEST": FP8_MAX.get(v, 0.0), "V_SMALLEST": SMALLEST.get(v, 0.0),
@@ -538,7 +537,7 @@ def _options(
         "RANDOM_M": rule.stochastic_moments and (DROPPED[m] > 0 or DROPPED[v] > 0),
         "RANDOM_P": rule.stochastic_parameters and DROPPED[p] > 0, "ROUNDS": ROUNDS,
         "WHOLE": whole, "PER_TENSOR": rule.block == 0,
-        "BLOCK": block, "PADDED": padded, "ROWS": rows, "BLOCKS": max(TILE // padded, rows), 
+        "BLOCK": block, "ROWS": rows, "BLOCKS": max(TILE // block, rows),
         "VECTOR": 16 // max(x.itemsize for x in (*formats, grad_dtype)), "COLUMNS": COLUMNS, "LINES": len(NUMBERS),
-        "num_warps": min(max(padded // (2 * LANES), 1), 8), "enable_fp_fusion": False,
+        "num_warps": min(max(block // (2 * LANES), 1), 8), "enable_fp_fusion": False,
     }  # fmt: skip

@@ -43,7 +43,7 @@ from .attention_cast import (
     launch_cast,
     launch_cast_gradient,
 )
-from .attention_forward import P_SCALE, bshc, forward_reference, launch_forward
+from .attention_forward import bshc, forward_reference, launch_forward
 
 HEAD_DIMS = (64, 128)
 
@@ -100,7 +100,7 @@ def attention_cast_gradient(
     delta is rowsum(do * o) of the unrounded do, times scale_ds / 256. As `attention_cast` otherwise.
     """
     run = cast_gradient_reference if do.device.type == "cpu" else launch_cast_gradient
-    return run(do, o, scale, scale_ds, amax, dtype, record, P_SCALE)
+    return run(do, o, scale, scale_ds, amax, dtype, record)
 
 
 _LIBRARY = torch.library.Library("titan_fp8", "FRAGMENT")

@@ -36,10 +36,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..formats import E4M3, E5M2, saturating_cast
-from .attention_cast import PAD
+from .attention_cast import P_SCALE, PAD
 from .attention_forward import (
     LOG2_E,
-    P_SCALE,
     bshc,
     exp2,
     left_operand,

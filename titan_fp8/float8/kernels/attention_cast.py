@@ -28,6 +28,7 @@ from torch.library import wrap_triton
 from ..formats import FP8_MAX, fold_amax, saturating_cast
 
 PAD = 128  # every block length of the attention kernels divides it
+P_SCALE = 256.0  # of P in (0, 1]
 
 
 def padded(seq_len: int) -> int:
@@ -70,7 +71,7 @@ def _store(y, head, start, padded_len, x8, x8_t, BLOCK: tl.constexpr, C: tl.cons
 def _cast_kernel(x, scale, seen, x8, x8_t, seq_len, padded_len, heads, stride_b, stride_h, stride_s,
                  C: tl.constexpr, BLOCK: tl.constexpr, LIMIT: tl.constexpr,
                  RECORD: tl.constexpr, PLAIN: tl.constexpr, TRANSPOSED: tl.constexpr, PAIRS: tl.constexpr):  # fmt: skip
-    start, head = tl.program_id(0) * BLOCK, tl.program_id(1).to(tl.int64)
+    start, head = tl.program_id(1) * BLOCK, tl.program_id(0).to(tl.int64)
     rows, channels = start + tl.arange(0, BLOCK), tl.arange(0, C)
     x += head // heads * stride_b + head % heads * stride_h
     value = tl.load(
@@ -88,7 +89,7 @@ def _cast_gradient_kernel(do, o, scale, scale_ds, seen, x8, x8_t, delta, seq_len
                           do_stride_b, do_stride_h, do_stride_s, o_stride_b, o_stride_h, o_stride_s,
                           C: tl.constexpr, BLOCK: tl.constexpr, LIMIT: tl.constexpr,
                           RECORD: tl.constexpr, P_SCALE: tl.constexpr):  # fmt: skip
-    start, head = tl.program_id(0) * BLOCK, tl.program_id(1).to(tl.int64)
+    start, head = tl.program_id(1) * BLOCK, tl.program_id(0).to(tl.int64)
     rows, channels = start + tl.arange(0, BLOCK), tl.arange(0, C)
     do += head // heads * do_stride_b + head % heads * do_stride_h
     o += head // heads * o_stride_b + head % heads * o_stride_h
@@ -122,7 +123,7 @@ def launch_cast(
     x8 = x.new_empty((batch, heads, length, dim) if plain else (0,) * 4, dtype=dtype)
     x8_t = x.new_empty((batch, heads, dim, length) if transposed else (0,) * 4, dtype=dtype)
     block = 64
-    wrap_triton(_cast_kernel)[(length // block, batch * heads)](
+    wrap_triton(_cast_kernel)[(batch * heads, length // block)](
         x, scale, seen, x8, x8_t, seq_len, length, heads, *x.stride()[:3],
         C=dim, BLOCK=block, LIMIT=FP8_MAX[dtype],
         RECORD=record, PLAIN=plain, TRANSPOSED=transposed, PAIRS=pairs, num_warps=4,  # type: ignore
@@ -138,7 +139,6 @@ def launch_cast_gradient(
     seen: Tensor,
     dtype: torch.dtype,
     record: bool,
-    p_scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(do8, do8_t, delta): see `attention.attention_cast_gradient`."""
     do, o = (t if t.stride(-1) == 1 else t.contiguous() for t in (do, o))
@@ -148,10 +148,10 @@ def launch_cast_gradient(
     do8_t = do.new_empty((batch, heads, dim, length), dtype=dtype)
     delta = do.new_empty((batch, heads, length), dtype=torch.float32)
     block = 64
-    wrap_triton(_cast_gradient_kernel)[(length // block, batch * heads)](
+    wrap_triton(_cast_gradient_kernel)[(batch * heads, length // block)](
         do, o, scale, scale_ds, seen, do8, do8_t, delta, seq_len, length, heads,
         *do.stride()[:3], *o.stride()[:3],
-        C=dim, BLOCK=block, LIMIT=FP8_MAX[dtype], RECORD=record, P_SCALE=p_scale, num_warps=4,  # type: ignore
+        C=dim, BLOCK=block, LIMIT=FP8_MAX[dtype], RECORD=record, P_SCALE=P_SCALE, num_warps=4,  # type: ignore
     )  # fmt: skip
     return do8, do8_t, delta
 
@@ -196,9 +196,8 @@ def cast_gradient_reference(
     seen: Tensor,
     dtype: torch.dtype,
     record: bool,
-    p_scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`launch_cast_gradient` in plain PyTorch."""
     do8, do8_t = cast_reference(do, scale, seen, dtype, record, True, True, False)
-    delta = (do.float() * o.float()).sum(-1) * (scale_ds / p_scale)
+    delta = (do.float() * o.float()).sum(-1) * (scale_ds / P_SCALE)
     return do8, do8_t, torch.nn.functional.pad(delta, (0, do8.shape[2] - do.shape[2]))

@@ -24,8 +24,9 @@ from torch.utils.flop_counter import register_flop_formula
 
 from titan_fp8.errors import UserError
 
-from ..formats import E4M3, E5M2, saturating_cast
-from .attention_forward import LOG2_E, P_SCALE, bshc, masked_scores, require_hopper
+from ..formats import E4M3, saturating_cast
+from .attention_cast import P_SCALE
+from .attention_forward import LOG2_E, bshc, masked_scores, require_hopper
 
 
 @cache
@@ -74,7 +75,7 @@ class Graph:
         require_hopper(self.device)
         cudnn = library()
         kinds = cudnn.data_type
-        types = {torch.float32: kinds.FLOAT, E4M3: kinds.FP8_E4M3, E5M2: kinds.FP8_E5M2}
+        types = {torch.float32: kinds.FLOAT, E4M3: kinds.FP8_E4M3}
         graph = cudnn.pygraph(
             io_data_type=kinds.FP8_E4M3, intermediate_data_type=kinds.FLOAT, compute_data_type=kinds.FLOAT,
             handle=_handle(self.device),

@@ -38,12 +38,12 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from titan_fp8.errors import UserError
 
 from ..formats import E4M3, saturating_cast
+from .attention_cast import P_SCALE, unquad  # the 8 and 16 above are the logarithm of P_SCALE and twice that
 
 # The same two under the names of Triton 3.6 and of later releases.
 load_tile = getattr(tma, "async_load", tma.async_copy_global_to_shared)
 store_tile = getattr(tma, "async_store", tma.async_copy_shared_to_global)
 
-P_SCALE = 256.0  # the 8 and 16 above are its logarithm and twice that
 LOG2_E = gl.constexpr(1.4426950408889634)
 BLOCK_Q = gl.constexpr(64)
 BLOCK_KV = gl.constexpr(128)
@@ -253,8 +253,6 @@ def forward_reference(
     seq_len: int,
 ) -> tuple[Tensor, Tensor]:
     """`launch_forward` in plain PyTorch; holds all of S."""
-    from .attention_cast import unquad
-
     s = masked_scores(q8, k8, softmax_scale * LOG2_E.value / (scale_q * scale_k))
     m = s.amax(-1, keepdim=True)
     p = P_SCALE * torch.exp2(s - m)

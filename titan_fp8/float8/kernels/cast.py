@@ -171,7 +171,7 @@ def cast(
     """(q [M, K], qt [K, M]) of x [M, K] times `scale` in FP8; the one not asked for is empty. One read of x on CUDA.
 
     scale, seen: 0-dim float32. With `record`, the amax of x is folded into `seen` in place. float32 inputs, which only a run
-    without mixed precision has, take the plain path: Triton 3.6 stores wrong rows of qt for them (M a multiple of 16).
+    without mixed precision has, take the plain path: through Triton 3.6's ptxas qt has wrong rows then (M a multiple of 16).
     """
     run = cast_op if x.device.type == "cuda" and x.dtype.itemsize == 2 else reference
     return run(x, scale, seen, dtype, record, straight, transposed)
