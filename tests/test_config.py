@@ -319,7 +319,7 @@ def test_broken_combination_names_both_sources():
         ("--parallelism.context_parallel_degree=2", "[parallelism] context_parallel_degree must be 1"),
         ("--parallelism.expert_parallel_degree=2", "[parallelism] expert_parallel_degree must be 1"),
         ("--parallelism.expert_tensor_parallel_degree=2", "expert_tensor_parallel_degree must be 1"),
-        ("--parallelism.tensor_parallel_degree=2 --training.seq_len=33", "a stretch of each sequence, got 33: write 34"),
+        ("--parallelism.tensor_parallel_degree=2 --training.seq_len=33", "got 33: choose a degree that divides it and"),
         (
             "--parallelism.tensor_parallel_degree=2 --training.seq_len=10",
             "[training] seq_len * local_batch_size (8) must be a multiple of 16 * tensor_parallel_degree (32)",

@@ -823,7 +823,8 @@ def _unfit_shapes(c: Any) -> Iterator[tuple[str, str, str]]:
         key, rows = f"{name}.seq_len", section.seq_len * section.local_batch_size
         if section.seq_len % degree:
             rule = f"must be a multiple of tensor_parallel_degree ({degree}): every rank has a stretch of each sequence"
-            yield key, rule, f"write {-(-section.seq_len // degree) * degree}"
+            fits = -(-section.seq_len // degree) * degree
+            yield key, rule, f"choose a degree that divides it and the model's heads, or write {fits}"
         elif c.fp8.recipe != "bf16" and rows // degree % 16:
             many = f"16 * tensor_parallel_degree ({16 * degree})" if degree > 1 else "16"
             rule = (
