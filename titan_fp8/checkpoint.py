@@ -336,8 +336,9 @@ class SafeCheckpointManager(CheckpointManager):
             if hasattr(
                 value, "prepare_to_load"
             ):  # the optimizer reads, or refuses, another format of its moments
-                saved = metadata.state_dict_metadata
-                value.prepare_to_load([n.removeprefix(f"{key}.") for n in saved if n.startswith(f"{key}.")])
+                saved = metadata.state_dict_metadata.items()
+                own = {n: getattr(entry, "size", None) for n, entry in saved if n.startswith(f"{key}.")}
+                value.prepare_to_load({n.removeprefix(f"{key}."): size for n, size in own.items()})
         if not _fp8_state_matches(state_dict, metadata):
             state_dict = _without_fp8_state(state_dict)
         try:

@@ -10,9 +10,8 @@ What is stored, in bytes per parameter (blocks of 256; a gradient of bf16 is 2 m
 
 A moment named exp_avg (or exp_avg_sq) of a parameter lies in its state as
 
-    exp_avg_e4m3        codes, of the parameter's shape and placement
-    exp_avg_scale_256   [..., blocks of the last dimension], 256 being block_size
-    exp_avg             where it is not FP8: format bf16 or fp32, and parameters with fewer than two dimensions (float32)
+    exp_avg_e4m3   codes, of the parameter's shape and placement          exp_avg_scale   [..., blocks of the last dimension]
+    exp_avg        where it is not FP8: format bf16 or fp32, and parameters with fewer than two dimensions (float32)
 
 so that a name never means two formats. All are plain tensors (DTensors for a sharded parameter): slicing whole rows slices
 codes and scales alike, which is all that saving, loading and resharding need. A parameter sharded along its last dimension
@@ -28,7 +27,7 @@ Kept from it: blocks with float32 scales, and the new moments, not the stored on
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -162,11 +161,9 @@ class Fp8AdamW(torch.optim.Optimizer):
             if self.block_size:
                 scales = [*local.shape[:-1], adam.blocks_per_row(local.shape[-1], self.block_size)]
                 whole = torch.Size([*p.shape[:-1], adam.blocks_per_row(p.shape[-1], self.block_size)])
-                state[_scale_of(name, self.block_size)] = _like(
-                    p, torch.ones(scales, device=local.device), whole
-                )
+                state[f"{name}_scale"] = _like(p, torch.ones(scales, device=local.device), whole)
             else:
-                state[_scale_of(name, 0)] = torch.ones((), device=local.device)
+                state[f"{name}_scale"] = torch.ones((), device=local.device)
         if p.dtype == torch.float16:
             state["master_scale"] = torch.ones((), device=local.device)
         return state
@@ -289,15 +286,13 @@ class _Plan:
         self.p_amaxes = torch.zeros(len(params), dtype=torch.int32, device=device)
         self.p_amax_of = self.p_amaxes.view(torch.float32).unbind()
         if rule.block == 0:
-            names = [_scale_of(name, 0) for name in MOMENTS]
-            self.scales = torch.stack([_table(states, name, device) for name in names], 1)
+            self.scales = torch.stack([_table(states, f"{name}_scale", device) for name in MOMENTS], 1)
             for row, state in zip(self.scales, states, strict=True):
-                for column, name in enumerate(names):
-                    if name in state:
-                        state[name] = row[column]
+                for column, name in enumerate(MOMENTS):
+                    if f"{name}_scale" in state:
+                        state[f"{name}_scale"] = row[column]
         self.slots = [
-            _slot(p, state, first + i, rule.block)
-            for i, (p, state) in enumerate(zip(params, states, strict=True))
+            _slot(p, state, first + i) for i, (p, state) in enumerate(zip(params, states, strict=True))
         ]
         # In the same order on all ranks.
         self.meshes = list(dict.fromkeys(p.device_mesh for p in params if isinstance(p, DTensor)))
@@ -400,17 +395,12 @@ def without_blocks(parameters: Iterable[tuple[str, Tensor]], block: int) -> list
     return [name for name, p in parameters if p.ndim > 1 and not _has_blocks(p, block)]
 
 
-def _scale_of(moment: str, block: int) -> str:
-    """The name tells the block, so that no other optimizer takes these scales for its own."""
-    return f"{moment}_scale_{block}"
-
-
-def _slot(p: Tensor, state: dict[str, Tensor], number: int, block: int) -> adam.Slot:
+def _slot(p: Tensor, state: dict[str, Tensor], number: int) -> adam.Slot:
     local = _local(p)
     codes = {}
     for name in MOMENTS:
         key = next(key for key in (name, f"{name}_e4m3", f"{name}_e5m2") if key in state)
-        scale = state[_scale_of(name, block)] if key != name else None
+        scale = state.get(f"{name}_scale") if key != name else None
         codes[name] = _local(state[key]), None if scale is None else _local(scale)
     offset = [0] * p.ndim
     if isinstance(p, DTensor):
@@ -436,8 +426,9 @@ def _table(states: list[dict[str, Tensor]], key: str, device: torch.device) -> T
 # ---- States of another format: dicts of one parameter, or flat ones with names like "state.layers.0.wq.weight.exp_avg" ----
 
 
-def plain_destinations(own: dict[str, Any], saved: Collection[str], block: int) -> dict[str, Any]:
-    """What to load into, given the names that a checkpoint holds: `own`, but float32 tensors for moments kept as AdamW does.
+def plain_destinations(own: dict[str, Any], saved: Mapping[str, Any]) -> dict[str, Any]:
+    """What to load into, given the names and shapes that a checkpoint holds (None for what is no tensor): `own`, but float32
+    tensors for moments kept as AdamW does.
 
     Raises:
         UserError: the checkpoint has moments in a format, or in blocks, that `own` has not.
@@ -446,13 +437,14 @@ def plain_destinations(own: dict[str, Any], saved: Collection[str], block: int) 
     for name, plain in _codes(own):
         if plain in saved and name not in saved:
             wanted[plain] = torch.zeros_like(wanted.pop(name), dtype=torch.float32)
-            del wanted[_scale_of(plain, block)]
-    missing, other = (
-        [name for name in some if name not in others and name.rpartition(".")[2].startswith(MOMENTS)]
-        for some, others in ((wanted, saved), (saved, own))
-    )
+            del wanted[f"{plain}_scale"]
+    missing = [name for name in wanted if name not in saved and name.rpartition(".")[2].startswith(MOMENTS)]
+    other = [name for name, _ in _codes(saved) if name not in own]
     if missing and other:
         raise UserError(_other_format(missing[0], other[:1]))
+    for name, value in wanted.items():
+        if isinstance(value, Tensor) and (there := saved.get(name)) is not None and there != value.shape:
+            raise UserError(_other_format(f"{name} {list(value.shape)}", [str(list(there))]))
     return wanted
 
 
@@ -469,9 +461,8 @@ def _rounded(loaded: dict[str, Any], own: dict[str, Any], block: int) -> tuple[d
     result, converted = dict(loaded), 0
     for name, plain in _codes(own):
         if plain in loaded and name not in loaded:
-            scale = _scale_of(plain, block)
-            _quantize(result.pop(plain), own[name], own[scale], block, plain.endswith("_sq"))
-            result[name], result[scale] = own[name], own[scale]
+            _quantize(result.pop(plain), own[name], own[f"{plain}_scale"], block, plain.endswith("_sq"))
+            result[name], result[f"{plain}_scale"] = own[name], own[f"{plain}_scale"]
             converted += 1
     return result, converted
 

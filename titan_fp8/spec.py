@@ -6,7 +6,8 @@ This is the target of `[experimental] custom_import`; importing it is its only e
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -50,26 +51,23 @@ def build_tokenizer(job_config: Any) -> tokenizers.Tokenizer:
 class Optimizers(OptimizersContainer):
     """torchtitan's container, which also takes AdamW's bf16 or float32 moments where it keeps FP8 ones.
 
-    `prepare_to_load(names)`, names being what a checkpoint holds for the optimizer, makes the next `state_dict` ask for what
-    is there, or refuse. Without it torch's checkpointing finds names missing.
+    `prepare_to_load(saved)`, what a checkpoint holds for the optimizer (names, and the shapes of tensors), makes the next
+    `state_dict` ask for what is there, or refuse. Without it torch's checkpointing finds names missing.
 
     A load brings steps and moments; learning rate, betas, eps and weight decay stay as configured.
     """
 
-    saved: Collection[str] = ()
+    saved: Mapping[str, Any] = MappingProxyType({})
 
-    def prepare_to_load(self, names: Collection[str]) -> None:
-        self.saved = names
+    def prepare_to_load(self, saved: Mapping[str, Any]) -> None:
+        self.saved = saved
 
     def state_dict(self) -> dict[str, Any]:
         own = super().state_dict()
-        if not self.saved:
-            return own
-        block = next((o.block_size for o in self.optimizers if isinstance(o, Fp8AdamW)), 0)
-        return plain_destinations(own, self.saved, block)
+        return plain_destinations(own, self.saved) if self.saved else own
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.saved = ()
+        self.saved = {}
         for optimizer in self.optimizers:
             if isinstance(optimizer, Fp8AdamW):
                 state_dict = adopt_plain(state_dict, self.state_dict(), optimizer.block_size)

@@ -78,9 +78,7 @@ class Trainer(titan.Trainer):
         if job_config.stability.statistics:
             tp = dims.get_mesh("tp").get_group() if dims.tp_enabled else None
             batch = job_config.training.local_batch_size
-            self.statistics = Statistics(
-                self.model, self.model.observer, batch, tp, self.scaling, self.device
-            )
+            self.statistics = Statistics(self.model, self.model.observer, batch, tp, self.scaling)
         # What the checkpoint that is about to be loaded holds of `state_dict`; None: everything is asked for.
         self.asked: Collection[str] | None = None
         self.started = False  # has this process trained a step

@@ -53,9 +53,10 @@ install_into() {
     printf 'Installed in %d s.\n' "$((SECONDS - started))" >&2
 }
 
-setup_env() {
-    local prefix="" python
-    export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
+# Sets PY, and prefix unless PY is a system Python. False if there is something to do first: to make .venv where prefix is
+# empty, to install.
+is_ready() {
+    prefix=""
     if [ -n "${VIRTUAL_ENV:-}" ] && [ -x "$VIRTUAL_ENV/bin/python" ]; then
         prefix=$VIRTUAL_ENV
     elif [ -n "${CONDA_PREFIX:-}" ] && [ -x "$CONDA_PREFIX/bin/python" ]; then
@@ -63,22 +64,34 @@ setup_env() {
     elif [ -x "$root/.venv/bin/python" ]; then
         prefix=$root/.venv
     fi
-    if [ -z "$prefix" ]; then
-        python=$(system_python)
-        [ -n "$python" ] ||
+    if [ -n "$prefix" ]; then
+        PY=$prefix/bin/python
+        is_new_enough "$PY" ||
+            fail "Python 3.11 or newer is needed, but $prefix has $("$PY" --version 2>&1); deactivate it, or make a newer one"
+    else
+        PY=$(system_python)
+        [ -n "$PY" ] ||
             fail "Python 3.11 or newer is needed, got $(python3 --version 2>&1 || true); install python3.12 and start again"
-        PY=$python
-        if [ -z "$(lacks "$@")" ]; then
-            return
-        fi
-        prefix=$root/.venv
-        "$python" -m venv "$prefix" ||
-            fail "no virtual environment could be made in $prefix with $python; install its venv package (python3-venv)"
     fi
-    PY=$prefix/bin/python
-    is_new_enough "$PY" ||
-        fail "Python 3.11 or newer is needed, but $prefix has $("$PY" --version 2>&1); deactivate it, or make a newer one"
-    if [ -e "$prefix/titan_fp8.installing" ] || [ -n "$(lacks "$@")" ]; then
+    ! [ -e "$prefix/titan_fp8.installing" ] && [ -z "$(lacks "$@")" ]
+}
+
+setup_env() {
+    local prefix
+    export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
+    if is_ready "$@"; then
+        return
+    fi
+    # Of two first starts at the same time, in one checkout, one waits here. The file is only something to lock.
+    { exec 9>>"$root/pyproject.toml" && flock 9; } 2>/dev/null
+    if ! is_ready "$@"; then
+        if [ -z "$prefix" ]; then
+            prefix=$root/.venv
+            "$PY" -m venv "$prefix" ||
+                fail "no virtual environment could be made in $prefix with $PY; install its venv package (python3-venv)"
+            PY=$prefix/bin/python
+        fi
         install_into "$prefix" "$@"
     fi
+    { exec 9>&-; } 2>/dev/null
 }

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from titan_fp8.stability.predictor import Cause, Prediction
 
 RANGE = {
-    "headroom", "saturation", "max_saturation", "saturated_share", "amax_jump", "amax", "kurtosis",
+    "headroom", "max_saturation", "saturated_share", "amax_jump", "amax", "kurtosis",
     "alignment_max", "alignment_q999",
 }  # fmt: skip
 LOGITS = {"logit_max", "entropy"}
