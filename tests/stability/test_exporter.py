@@ -288,6 +288,17 @@ def test_after_an_error_the_text_file_stays_with_the_last_row(tmp_path):
     assert "\ntitan_fp8_loss NaN\n" in path.read_text()
 
 
+def test_a_run_without_a_row_writes_no_text_file(tmp_path):
+    exporter = Exporter(textfile=str(tmp_path / "run.prom"))
+    exporter.start()
+    with pytest.raises(UserError):
+        try:
+            raise UserError("a finished run")
+        finally:
+            exporter.close()
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_disk_that_fails_or_hangs_does_not_touch_training(tmp_path, monkeypatch, caplog):
     """Each write waits, then fails; rows come at once. The trouble is told once."""
     written = []

@@ -220,7 +220,7 @@ class Exporter(Collector):
             elif kind == "run":
                 self._last_step = row["step"]
         if self._textfile is not None:
-            self._textfile.changed.set()
+            self._textfile.rewrite()
 
     def set_actions(self, totals: Mapping[tuple[str, str], int]) -> None:
         """Set the counts of the policy's actions, (action, cause) -> how often so far, as a checkpoint kept them."""
@@ -326,9 +326,9 @@ class _Textfile:
                 f"prometheus.textfile must be a *.prom file in a folder that can be written to, got {path}: name one in the "
                 "folder of node_exporter's --collector.textfile.directory"
             )
-        self.changed = threading.Event()
         self._registry = registry
-        self._ends = False
+        self._wake = threading.Event()
+        self._stale = self._ends = False
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
@@ -338,9 +338,12 @@ class _Textfile:
     def _run(self) -> None:
         told = ends = False
         while not ends:
-            self.changed.wait()
-            self.changed.clear()
-            ends = self._ends  # once more then: a row may have come since
+            self._wake.wait()
+            self._wake.clear()
+            ends = self._ends
+            if not self._stale:
+                continue
+            self._stale = False
             try:
                 write_to_textfile(str(self.path), self._registry)  # a temporary name, then a rename
                 told = False
@@ -349,11 +352,16 @@ class _Textfile:
                     logger.warning("%s could not be written (%s); training goes on", self.path, error)
                 told = True
 
+    def rewrite(self) -> None:
+        """Ask for the file to be written with what there is now; the last time it is, even if `close` follows at once."""
+        self._stale = True
+        self._wake.set()
+
     def close(self) -> None:
         if self._thread is None:
             return
         self._ends = True
-        self.changed.set()
+        self._wake.set()
         self._thread.join(timeout=5)  # seconds; a file system that hangs must not hold the end of a run
         if sys.exc_info()[0] is None and not self._thread.is_alive():
             self.path.unlink(missing_ok=True)
