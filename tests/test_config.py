@@ -114,7 +114,7 @@ def test_users_import_and_converters_stay(tmp_path):
     config = load_config(["--job.config-file", str(path)])
     assert config.experimental.custom_import == "mine"
     assert config.model.converters == ["mine", "titan_fp8.float8"]
-    again = load_config(["--model.converters=titan_fp8.float8,mine"])
+    again = load_config(["--experimental.custom_import=mine", "--model.converters=titan_fp8.float8,mine"])
     assert again.model.converters == ["titan_fp8.float8", "mine"]
 
 
@@ -289,6 +289,7 @@ def test_broken_combination_names_both_sources():
         ("--model.name=llama3", '[model] name must be "titan_fp8", got "llama3"'),
         ("--model.tokenizer-path=x", "[model] tokenizer_path is not read here"),
         ("--model.converters=quantize.linear.float8", "[model] converters must not hold"),
+        ("--model.converters=float8", "[model] converters must be ones that [experimental] custom_import"),
         ("--quantize.linear.float8.emulate", "[quantize.linear.float8] emulate has no effect here"),
         ("--job.custom_config_module=mine", "[job] custom_config_module must be"),
         ("--experimental.custom_args_module=mine", "[experimental] custom_args_module is not read"),
@@ -318,7 +319,7 @@ def test_broken_combination_names_both_sources():
         ("--parallelism.context_parallel_degree=2", "[parallelism] context_parallel_degree must be 1"),
         ("--parallelism.expert_parallel_degree=2", "[parallelism] expert_parallel_degree must be 1"),
         ("--parallelism.expert_tensor_parallel_degree=2", "expert_tensor_parallel_degree must be 1"),
-        ("--parallelism.tensor_parallel_degree=2 --training.seq_len=33", "a stretch of each sequence, got 33: write 34"),
+        ("--parallelism.tensor_parallel_degree=2 --training.seq_len=33", "got 33: choose a degree that divides it and"),
         (
             "--parallelism.tensor_parallel_degree=2 --training.seq_len=10",
             "[training] seq_len * local_batch_size (8) must be a multiple of 16 * tensor_parallel_degree (32)",

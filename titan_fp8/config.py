@@ -655,6 +655,11 @@ def _broken_rules(c: Any) -> Iterator[tuple[str, str, str]]:
         yield "model.tokenizer_path", "is not read here", "use [data] tokenizer"
     if any(name.startswith("quantize.") for name in c.model.converters):
         yield "model.converters", "must not hold torchtitan's quantize.*", "use [fp8]; it needs no converter"
+    if c.experimental.custom_import == _DEFAULTS["experimental.custom_import"] and set(
+        c.model.converters
+    ) != {CONVERTER}:
+        rule = "must be ones that [experimental] custom_import registers"
+        yield "model.converters", rule, "use [fp8]; it needs no converter"
     for key in (
         "quantize.linear.float8",
         "quantize.linear.mx",
@@ -821,7 +826,8 @@ def _unfit_shapes(c: Any) -> Iterator[tuple[str, str, str]]:
         key, rows = f"{name}.seq_len", section.seq_len * section.local_batch_size
         if section.seq_len % degree:
             rule = f"must be a multiple of tensor_parallel_degree ({degree}): every rank has a stretch of each sequence"
-            yield key, rule, f"write {-(-section.seq_len // degree) * degree}"
+            fits = -(-section.seq_len // degree) * degree
+            yield key, rule, f"choose a degree that divides it and the model's heads, or write {fits}"
         elif c.fp8.recipe != "bf16" and rows // degree % 16:
             many = f"16 * tensor_parallel_degree ({16 * degree})" if degree > 1 else "16"
             rule = (

@@ -61,6 +61,7 @@ class Trainer(titan.Trainer):
             (optimizer,) = self.optimizers  # of the one model part; torch's AdamW takes no amaxes
             self.scaling.stepped = getattr(optimizer, "amaxes", {})
         self.loss_scaler = LossScaler(job_config.fp8.loss_scale, self.device)
+        self.loss_scale_change: torch.Tensor | float = 1.0  # since the checkpoint that was loaded
         dims = self.parallel_dims
         if dims.tp_enabled and not dims.fsdp_enabled:  # torchtitan 0.2.2 would train in float32
             dtype = TORCH_DTYPE_MAP[job_config.training.mixed_precision_param]
@@ -83,9 +84,7 @@ class Trainer(titan.Trainer):
         if job_config.stability.statistics:
             tp = dims.get_mesh("tp").get_group() if dims.tp_enabled else None
             batch = job_config.training.local_batch_size
-            self.statistics = Statistics(
-                self.model, self.model.observer, batch, tp, self.scaling, self.device
-            )
+            self.statistics = Statistics(self.model, self.model.observer, batch, tp, self.scaling)
         # What the checkpoint that is about to be loaded holds of `state_dict`; None: everything is asked for.
         self.asked: Collection[str] | None = None
         self.started = False  # has this process trained a step
@@ -143,6 +142,7 @@ class Trainer(titan.Trainer):
             self.metrics_processor.resume(self.step - 1)
             if self.scaling is not None:
                 self.scaling.scale_weights()  # they may have been loaded without FP8 state
+                self.scaling.rescale_gradients(self.loss_scale_change)
         self.optimizers.zero_grad()
         lr = self.lr_schedulers.schedulers[0].get_last_lr()[0]
 
@@ -342,7 +342,7 @@ class Trainer(titan.Trainer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
         if "loss_scale" in state_dict:
-            self.loss_scaler.load_state_dict(state_dict["loss_scale"])
+            self.loss_scale_change = self.loss_scaler.load_state_dict(state_dict["loss_scale"])
         if "totals" in state_dict:  # else the tokens are right at the checkpoint's number of ranks only
             self.ntokens_seen = state_dict["totals"]["tokens"] // self._data_parallel_degree()
             self.watch.total.copy_(state_dict["totals"]["nonfinite_steps"])

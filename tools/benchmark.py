@@ -523,11 +523,25 @@ def save(result: dict[str, Any], out: Path) -> None:
         bench_report.draw(result, out.with_suffix(".png"))
 
 
+def recorded(path: Path) -> dict[str, Any]:
+    """A result of training steps. Raises UserError if it is none."""
+    try:
+        result = json.loads(path.read_text())
+        if "step_ms_min" in result["rows"][0]:
+            return result
+    except (ValueError, LookupError, TypeError):
+        pass
+    raise UserError(
+        f"--draw must name a result of training steps on one GPU, got {path}: those of attention, GEMMs, optimizer and "
+        "benchmark_ranks.py have no picture"
+    )
+
+
 def main(arguments: list[str] | None = None) -> int:
     try:
         options, names = parse(arguments)
         if options.draw:
-            result = json.loads(options.draw.read_text())
+            result = recorded(options.draw)
             print(bench_report.table(result))
             bench_report.draw(result, options.draw.with_suffix(".png"))
             return 0

@@ -16,6 +16,7 @@ import argparse
 import fcntl
 import multiprocessing
 import os
+import re
 import sys
 import threading
 from collections import deque
@@ -180,6 +181,8 @@ def _begin_or_resume(out: Path, new: dict[str, Any]) -> dict[str, Any]:
         write_manifest(out, new)
         return new
     manifest = read_manifest(out)
+    if not any(manifest["splits"].values()):  # of a run that was stopped before its first shard
+        manifest = new
     for fact in ("tokenizer", "source"):
         if manifest[fact] != new[fact]:
             raise UserError(
@@ -297,7 +300,8 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         manifest = prepare(data, args.out, shard_tokens=args.shard_tokens, workers=args.workers)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        words = re.sub(r"\[data\] (\w+)", lambda key: "--" + key[1].replace("_", "-"), str(error))
+        print(f"error: {words}", file=sys.stderr)
         return 2
     except BrokenProcessPool:
         print(

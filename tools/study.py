@@ -25,7 +25,7 @@ NAME/results/ARM-SEED.jsonl.gz are the rows of a run that came to its end, small
 A run is a process on one GPU (or on the CPU, where there is none); --jobs share one, whose times then mean little and are
 not compared. After --seconds, or on SIGINT or SIGTERM, no run is started any more and those under way save a checkpoint; the
 same command goes on from there. A run that the trainer stopped because it diverged has come to its end too. A run that
-cannot start ends the study with its error.
+cannot start ends the study with its error. What is there keeps the flags it was made with: others are refused.
 """
 
 from __future__ import annotations
@@ -81,12 +81,26 @@ class Run:
     def arguments(self) -> list[str]:
         return [f"--{key}={_text(value)}" for key, value in self.flags.items()]
 
+    @property
+    def recipe(self) -> dict[str, str]:
+        """The flags, but for where the run lies."""
+        return {key: _text(value) for key, value in self.flags.items() if key != "job.dump_folder"}
+
     def outcome(self) -> dict[str, Any] | None:
-        """How the run ended (written by `Scheduler`), or None if it has not."""
+        """How the run, or its last session, ended; None where none has."""
         try:
-            return json.loads((self.folder / "outcome.json").read_text())
+            if not self.ended():
+                return json.loads((self.folder / "outcome.json").read_text())
+            with gzip.open(self.result, "rt") as file:
+                return json.loads(list(file)[-1])
         except FileNotFoundError:
             return None
+
+    def changed(self) -> str:
+        """Flags that are not those the run was made with, or "". Results of before flags were kept have none."""
+        then = (self.outcome() or {}).get("flags", self.recipe)
+        keys = sorted(key for key in then | self.recipe if then.get(key) != self.recipe.get(key))
+        return ", ".join(f"{key} {then.get(key, '-')}, now {self.recipe.get(key, '-')}" for key in keys)
 
     def ended(self) -> bool:
         return self.result.exists()
@@ -197,9 +211,15 @@ def choose(study: Study, arms: str | None, seeds: str | None) -> list[Run]:
 
 
 def check(study: Study, runs: list[Run]) -> None:
-    """Read every arm's configuration as the trainer will. Raises UserError for the first that cannot run."""
+    """Read every arm's configuration as the trainer will. Raises UserError for the first that cannot run or go on."""
     from titan_fp8.config import load_config
 
+    for run in runs:
+        if changed := run.changed():
+            raise UserError(
+                f"a study must keep the flags of what it has, got {changed} in {run.name}: give the arm another name, "
+                f"or remove {run.result} and {run.folder}"
+            )
     for run in {run.arm: run for run in runs}.values():
         try:
             load_config(["--job.config_file", str(study.config), *run.arguments])
@@ -223,7 +243,7 @@ class Scheduler:
         self.study, self.jobs, self.commit = study, jobs, _commit()
         self.free = [gpu for _ in range(jobs) for gpu in names]
         self.until = time.monotonic() + seconds
-        self.active: dict[subprocess.Popen[bytes], tuple[Run, str, float]] = {}
+        self.active: dict[subprocess.Popen[bytes], tuple[Run, str, float, list[dict[str, Any]]]] = {}
         self.asked_at: float | None = None  # when runs were asked to stop
 
     def __call__(self, runs: list[Run]) -> int:
@@ -251,11 +271,11 @@ class Scheduler:
 
     def _ask(self, number: int = 0, frame: FrameType | None = None) -> None:
         self.asked_at = self.asked_at or time.monotonic()
-        for run, _, _ in self.active.values():
+        for run, *_ in self.active.values():
             (run.folder / "stop").touch()
 
     def _start(self, run: Run) -> None:
-        gpu = self.free.pop(0)
+        gpu, before = self.free.pop(0), rows_of(run)
         run.folder.mkdir(parents=True, exist_ok=True)
         for name in ("stop", "error"):
             (run.folder / name).unlink(missing_ok=True)
@@ -279,10 +299,10 @@ class Scheduler:
                 [*command, *run.arguments], stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=environment, cwd=ROOT,
                 start_new_session=True,  # ^C is ours to pass on
             )  # fmt: skip
-        self.active[process] = (run, gpu, time.monotonic())
+        self.active[process] = (run, gpu, time.monotonic(), before)
 
     def _end(self, process: subprocess.Popen[bytes]) -> None:
-        run, gpu, started = self.active.pop(process)
+        run, gpu, started, earlier = self.active.pop(process)
         self.free.append(gpu)
         seconds = time.monotonic() - started
         error = (run.folder / "error").read_text().strip()
@@ -296,8 +316,10 @@ class Scheduler:
             "status": "asked to stop" if stopped else "finished" if process.returncode == 0 or had_ended else "stopped",
             "exit": process.returncode, "step": step, "error": error, "seconds": round(before + seconds, 1),
             "device": self.device, "jobs": self.jobs, "titan_fp8": self.commit, "torch": version("torch"),
+            "flags": run.recipe,
         }  # fmt: skip
-        if process.returncode and not (process.returncode == 2 and rows):
+        trained = bool(rows) and rows[-1] not in earlier  # else it could not go on, which is no end
+        if process.returncode and not (process.returncode == 2 and (trained or had_ended)):
             if self.asked_at is None:  # not killed by us
                 tail = error or f"exit status {process.returncode}, see {run.folder / 'console.log'}"
                 self._ask()
@@ -590,6 +612,9 @@ def report(studies: list[Study], out: Path | None) -> str:
         ]
         if not all(arm.validated for arm in arms):
             lines += ["No validation: losses are of training."]
+        lines += [
+            f"{run.name} had other flags: {changed}." for run in study.runs if (changed := run.changed())
+        ]
         if out:
             lines += ["", f"![curves]({os.path.relpath(picture, out.parent)})"]
         lines += [

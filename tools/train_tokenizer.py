@@ -4,7 +4,7 @@
 
 Merges are learned by Hugging Face's `tokenizers`, within the pieces that titan_fp8/data/tokenizer.py cuts text into. The
 file has a line per token, "base64-of-its-bytes rank", in the order of merging.
-The same text gives the same file.
+The same text gives the same file. Documents that a run holds out of its training are learned from too.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import base64
 import itertools
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -72,6 +73,11 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if not 256 <= options.size <= 1 << 20:
             raise UserError(f"--size must be 256 to 1048576, got {options.size}: 32768 is usual")
+        folder = options.out.absolute().parent  # asked now: training may take hours
+        if options.out.is_dir() or not os.access(folder, os.W_OK):
+            raise UserError(
+                f"--out must be a file in a folder that can be written to, got {options.out}: choose another place"
+            )
         data = Data(source="files", path=options.path, text_key=options.text_key, held_out=0.0)
         documents = open_source(data).split("train")
         texts = (

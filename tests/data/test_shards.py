@@ -186,6 +186,26 @@ def test_a_finished_folder_is_left_alone(prepare, tmp_path):
     assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.bin")} == before
 
 
+def test_ordinary_text_that_cannot_be_split_is_told_with_the_tools_own_flags(tmp_path, capsys):
+    """One document; then a record that is none, mended: what the failed run left does not stand in the way."""
+    text, out = tmp_path / "text.jsonl", tmp_path / "out"
+    arguments = ["--path", str(text), "--out", str(out), "--workers", "1", "--held-out"]
+    text.write_text('{"text": "once"}\n')
+    for held_out in ("0.02", "0.9"):
+        assert prepare_data.main([*arguments, held_out]) == 2
+        error = capsys.readouterr().err
+        assert "--held-out must leave" in error and "one document in" in error and "[data]" not in error
+        assert "write 0 and train with --validation.no-enable" in error
+    text.write_text('{"text": "once"}\n["pretty"]\n')
+    assert prepare_data.main([*arguments, "0"]) == 2
+    error = capsys.readouterr().err
+    assert "line 2" in error and "correct or remove the file, or set --text-key" in error
+    text.write_text('{"text": "once"}\n{"text": "more"}\n')
+    assert prepare_data.main([*arguments, "0"]) == 0
+    with pytest.raises(UserError, match=r"the split validation; .* or train with --validation\.no-enable"):
+        Shards(out, "validation", BYTE)
+
+
 def test_other_arguments_never_touch_a_folder(prepare, tmp_path):
     out = tmp_path / "out"
     prepare(out)

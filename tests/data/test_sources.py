@@ -254,7 +254,10 @@ def test_held_out_must_be_a_share(tmp_path, share):
 
 
 def test_an_empty_split_says_what_to_change(tmp_path):
-    (tmp_path / "a.txt").write_text("the only document")
+    (tmp_path / "a.txt").write_text("the first document")
+    with pytest.raises(UserError, match=r"one document in .* cut the text into several, or write 0"):
+        source_of(tmp_path, held_out=0.02).require("validation")
+    (tmp_path / "b.txt").write_text("the second document")
     with pytest.raises(UserError, match="for validation; raise held_out"):
         source_of(tmp_path, held_out=1e-9).require("validation")
     with pytest.raises(UserError, match="for validation; raise held_out"):

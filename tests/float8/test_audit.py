@@ -14,8 +14,9 @@ import torch
 from helpers import needs_scaled_mm
 
 from titan_fp8.config import Fp8
-from titan_fp8.float8.audit import audit_step, summarize
+from titan_fp8.float8.audit import GemmAudit, audit_step, summarize
 from titan_fp8.float8.convert import convert
+from titan_fp8.float8.formats import E4M3
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -141,6 +142,19 @@ def test_attention_that_the_policy_took_out_of_fp8_is_seen(tiny_decoder):
         names = {f"layers.{layer}.attention.inner_attention" for layer in range(2)}
         assert slow == (names if away else set())
     assert ratios == [1 - ATTENTION / BLOCK, 1.0]
+
+
+def test_a_product_with_one_operand_in_16_bits_is_not_fp8():
+    class Product(torch.nn.Module):
+        def forward(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+            return torch.ops.titan_fp8.bmm(left, right)
+
+    model = Product()
+    fp8, bf16 = (torch.ones(1, 16, 16).to(dtype) for dtype in (E4M3, torch.bfloat16))
+    with GemmAudit(model) as audit:
+        for left, right in ((fp8, fp8), (fp8, bf16), (bf16, fp8), (bf16, bf16)):
+            model(left, right)
+    assert [gemm.fp8 for gemm in audit.gemms] == [True, False, False, False]
 
 
 def test_hooks_are_gone_afterwards(tiny_decoder):

@@ -50,10 +50,33 @@ def test_state_survives_a_checkpoint(tmp_path):
         it.update(step)
     torch.save(it.state_dict(), tmp_path / "scaler.pt")
     kept = other.scale  # the trainer and the compiled step hold on to the tensor
-    other.load_state_dict(torch.load(tmp_path / "scaler.pt", weights_only=True))
+    assert other.load_state_dict(torch.load(tmp_path / "scaler.pt", weights_only=True)) == 1
     assert kept is other.scale and kept == 512
     assert (int(other.good_steps), int(other.skipped)) == (2, 1)
     assert other.update(GOOD) == 2 == it.update(GOOD)
+
+
+def test_switched_on_or_off_in_a_resumed_run():
+    """The scale is the configured one, and gradients change by what is returned."""
+    on, off = scaler(), LossScaler(LossScale(), CPU)
+    on.update(OVERFLOW)  # 512
+    with_scale, without = on.state_dict(), off.state_dict()
+    now_off, now_on = LossScaler(LossScale(), CPU), scaler(init=64.0)
+    assert now_off.load_state_dict(with_scale) == 1 / 512
+    assert now_off.scale == 1 and now_off.update(OVERFLOW) == 1 and int(now_off.skipped) == 1
+    assert now_on.load_state_dict(without) == 64
+    assert now_on.scale == 64 and not now_on.at_minimum()
+    assert off.load_state_dict(without) == 1 and off.scale == 1
+    # At its minimum of 1 it is still one that is on.
+    worn = scaler(init=2.0)
+    worn.update(OVERFLOW)
+    assert scaler().load_state_dict(worn.state_dict()) == 1
+
+
+def test_a_checkpoint_is_read_beside_the_scale_in_use():
+    it = scaler()
+    it.state_dict()["scale"].fill_(1.0)
+    assert it.scale == 1024
 
 
 def test_disabled_is_one_for_ever():

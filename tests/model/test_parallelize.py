@@ -23,7 +23,9 @@ LINEARS = 2 * 4  # qkv, o, up, down
 NO_FSDP = SimpleNamespace(fsdp_enabled=False, tp_enabled=False)
 
 
-def config(mode: str = "none", option: str = "op", compile: bool = False) -> SimpleNamespace:
+def config(
+    mode: str = "none", option: str = "op", compile: bool = False, reshard: str = "default"
+) -> SimpleNamespace:
     """What parallelize reads of a job's configuration."""
     from torchtitan.config.job_config import ActivationCheckpoint
 
@@ -32,7 +34,7 @@ def config(mode: str = "none", option: str = "op", compile: bool = False) -> Sim
         compile=SimpleNamespace(enable=compile, components=["model", "loss"], backend="aot_eager"),
         job=SimpleNamespace(dump_folder="."),
         training=SimpleNamespace(mixed_precision_param="float32", mixed_precision_reduce="float32"),
-        parallelism=SimpleNamespace(fsdp_reshard_after_forward="default"),
+        parallelism=SimpleNamespace(fsdp_reshard_after_forward=reshard),
     )
 
 
@@ -142,15 +144,18 @@ def test_compiled_blocks_train_alike_and_compile_twice(mode, build, plain, token
         train(model, tokens, steps=2)
 
 
-def test_fsdp_shards_blocks_and_changes_nothing(gloo, build, plain, tokens):
+@pytest.mark.parametrize("reshard", ["default", "never"])
+def test_fsdp_shards_blocks_and_changes_nothing(reshard, gloo, build, plain, tokens):
     from torch.distributed.device_mesh import init_device_mesh
 
     mesh = init_device_mesh("cpu", (1,), mesh_dim_names=("fsdp",))
     dims = SimpleNamespace(
         fsdp_enabled=True, tp_enabled=False, dp_replicate_enabled=False, get_mesh=lambda names: mesh
     )
-    model = build(config("full"), dims)
+    model = build(config("full", reshard=reshard), dims)
     units = [name for name, module in model.named_modules() if isinstance(module, FSDPModule)]
     assert units == ["", "layers.0", "layers.1"]
     assert all(isinstance(p, DTensor) for p in model.parameters())
     assert equal(train(model, tokens), plain)
+    model(tokens)  # for backward blocks are still there, or gathered again
+    assert {isinstance(p, DTensor) for p in model.layers.parameters()} == {reshard == "default"}

@@ -198,6 +198,23 @@ def test_counts_of_bad_steps_and_a_backing_off_loss_scale():
     assert first.risk == 0  # a resumed run starts with the total of before
     assert more.cause.statistic == "nonfinite_steps" and more.risk >= 0.97
     assert backed_off.risk < 0.1
+    # As rows of FP8 runs with statistics have it, which come without the values; forward is none of the loss scale's.
+    overflow = {**calm, "grad_norm": math.nan, "fp8.max_saturation": math.inf}
+    overflow |= {
+        f"layers.1.{name}.nonfinite": 8.0 for name in ("attention.wo.dy", "attention.inner_attention.ds")
+    }
+    overflow |= {"layers.0.feed_forward.dh.headroom": math.nan, "layers.0.feed_forward.x.headroom": 1.0}
+    backed_off, activation, no_loss_scale = (
+        feed([(1, calm), (2, row)])[1]
+        for row in (
+            overflow,
+            {**overflow, "layers.0.ffn_act.nonfinite": 1.0},
+            {name: value for name, value in overflow.items() if name != "loss_scale"},
+        )
+    )
+    assert backed_off.risk == 0
+    assert activation.cause.series == "layers.0.ffn_act.nonfinite" and activation.risk >= 0.97
+    assert no_loss_scale.risk >= 0.97
 
 
 def test_it_goes_on_from_its_state_exactly():

@@ -190,6 +190,16 @@ def test_a_recorded_result_is_drawn_again_without_a_gpu(bench, tmp_path, capsys)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["r.json", "r.png"]
 
 
+@pytest.mark.parametrize("name", ["2026-11-25_h100_attention", "2026-11-25_h100-x2_8b_tp", "README"])
+def test_what_has_no_picture_is_refused_in_a_line(bench, tmp_path, capsys, name):
+    path = tmp_path / "r.json"
+    source = TOOLS.parent / "benchmarks" / f"{name}.json"
+    path.write_text(source.read_text() if source.exists() else "# Not JSON")
+    assert bench.main.main(["--draw", str(path)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: --draw must name a result of training steps") and error.count("\n") == 1
+
+
 def test_attentions_peer_is_the_faster_of_its_two(bench):
     row = {"bf16 forward": 1.0, "bf16 backward": 3.0, "forward": 0.75, "backward": 1.25, "all": 2.5}
     row |= {"gqa forward": 1.0, "gqa backward": 4.5, "repeated forward": 1.0, "repeated backward": 4.0}

@@ -136,6 +136,28 @@ def test_the_page_of_a_watched_run(plot, tmp_path):
     assert "FP8 saturation" not in text  # headroom says it by tensor
 
 
+def test_the_risk_panel_promises_a_cause_only_where_there_is_one(plot, tmp_path):
+    from matplotlib.figure import Figure
+
+    run = plot.load(with_statistics(tmp_path / "run"), "run")
+    for rows, promised, bottom in ((run.train, True, -0.5), (run.train[:19], False, -0.03)):
+        run.train, axis = rows, Figure().subplots()
+        plot._risk(axis, run)
+        assert ("leading cause" in axis.get_title(loc="left") + axis.get_title()) == promised
+        assert axis.get_ylim()[0] == bottom
+
+
+def test_ticks_of_a_log_scale_are_plain_numbers(plot):
+    from matplotlib.figure import Figure
+
+    axis = Figure().subplots()
+    axis.plot([3, 80])
+    plot.log_scale(axis)
+    axis.figure.canvas.draw()
+    words = [label.get_text() for label in axis.get_yticklabels(which="both")]
+    assert {"5", "10", "20", "50"} <= set(words) and not any("10^" in word for word in words)
+
+
 @pytest.mark.filterwarnings("error::UserWarning")
 def test_a_long_run_of_many_layers_is_drawn_in_seconds(plot, tmp_path):
     """2000 rows: a heat map's columns are merged, and the worst step of each is kept."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import sys
 from pathlib import Path
@@ -114,6 +115,7 @@ def test_runs_stop_go_on_and_are_reported(tiny, tmp_path, capsys):
         assert [row["step"] for row in train] == [1, 2, 3, 4, 5, 6]
         assert rows[-1]["kind"] == "outcome" and rows[-1]["status"] == "finished" and rows[-1]["step"] == 6
         assert {"kind", "step", "tokens", "loss", "statistics"} == train[-1].keys()
+        assert rows[-1]["flags"]["training.steps"] == "6" and "job.dump_folder" not in rows[-1]["flags"]
         written = run.result.stat().st_mtime_ns
         assert study.main(["run", str(tiny), "--arms", run.arm]) == 0
         assert run.result.stat().st_mtime_ns == written
@@ -129,8 +131,31 @@ def test_runs_stop_go_on_and_are_reported(tiny, tmp_path, capsys):
     assert study.main(["report", str(tiny), str(other), "--out", str(tmp_path / "STUDY.md")]) == 0
     assert (tmp_path / "STUDY.md").read_text().endswith("## Another\n\nNo run has ended yet.\n")
     assert study.main(["report", str(other)]) == 2
+    tiny.write_text(TINY.replace('amax_history" = 4', 'amax_history" = 8'))
+    assert study.main(["run", str(tiny)]) == 2
+    assert "got fp8.amax_history 4, now 8 in fog-full-1" in capsys.readouterr().err
+    assert study.main(["report", str(tiny)]) == 0
+    assert "fog-full-1 had other flags: fp8.amax_history 4, now 8." in capsys.readouterr().out
     assert study.main(["status", str(tiny)]) == 0
     assert capsys.readouterr().out.count("finished") == 2
+
+
+def test_what_stops_before_a_new_step_is_no_end_and_flags_stay(tiny, capsys):
+    """A resumed run that is refused keeps its rows and has no result; with the flags it had it goes on."""
+    run = study.load(tiny).runs[0]
+    run.folder.mkdir(parents=True)
+    (run.folder / "outcome.json").write_text(json.dumps({"seconds": 1.0, "flags": run.recipe}))
+    (run.folder / "metrics.jsonl").write_text('{"kind": "train", "step": 1, "loss": 3.0, "tokens": 128}\n')
+    lock = TINY.replace(
+        'fp8.recipe = "bf16"', 'fp8.recipe = "bf16"\ndata.source = "files"\ndata.path = "/nowhere"'
+    )
+    tiny.write_text(lock)
+    capsys.readouterr()
+    assert study.main(["run", str(tiny), "--arms", "wide"]) == 2
+    assert "data.path -, now /nowhere" in capsys.readouterr().err
+    (run.folder / "outcome.json").unlink()  # as where it was killed: the trainer refuses it then
+    assert study.main(["run", str(tiny), "--arms", "wide"]) == 1
+    assert "/nowhere" in capsys.readouterr().err and not run.ended()
 
 
 def test_a_run_that_cannot_start_ends_the_study(tiny, capsys):

@@ -43,3 +43,10 @@ def test_sizes_that_cannot_be_are_refused(tmp_path, text, capsys, size, words):
     )
     assert words in capsys.readouterr().err
     assert not (tmp_path / "t.tiktoken").exists()
+
+
+@pytest.mark.parametrize("out", ["nowhere/t.tiktoken", "."])
+def test_a_place_that_cannot_be_written_is_refused_before_training(tmp_path, text, capsys, monkeypatch, out):
+    monkeypatch.setattr(train_tokenizer, "train", None)
+    assert train_tokenizer.main(["--path", str(text), "--size", "300", "--out", str(tmp_path / out)]) == 2
+    assert "choose another place" in capsys.readouterr().err

@@ -191,7 +191,8 @@ class Shards:
         if not entries:
             raise UserError(
                 f"shards must hold the split {split}; got {folder} without it; "
-                f"prepare them again with another --held-out"
+                "prepare them again with another --held-out"
+                + (" or train with --validation.no-enable" if split == "validation" else "")
             )
         for entry in entries:
             problem = damage(folder, manifest, entry, whole=False)

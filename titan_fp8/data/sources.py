@@ -160,6 +160,11 @@ class Source:
                     f"the data must hold at least one document with text; got none in {self.where}; "
                     "add text or correct [data] path"
                 )
+        if seen == 1:
+            raise UserError(
+                f"[data] held_out must leave documents for both splits; got {self.held_out} and one document in "
+                f"{self.where}; cut the text into several, or write 0 and train with --validation.no-enable"
+            )
         change = "lower" if split == "train" else "raise"
         raise UserError(
             f"[data] held_out must leave documents for both splits; got {self.held_out}, which leaves none "
@@ -365,7 +370,7 @@ def _size(path: Path) -> int:
 def _bad_record(place: str, text_key: str, got: str) -> UserError:
     return UserError(
         f'every record must hold text under the key "{text_key}"; got {got} in {place}; '
-        "correct the file or set [data] text_key"
+        "correct or remove the file, or set [data] text_key"
     )
 
 

@@ -92,7 +92,7 @@ class Float8Head(Head):
 
 
 class Float8ChunkedLoss(ChunkedLoss):
-    """Drop-in for ChunkedLoss in FP8. N, D and V must be multiples of 16 (checked: N by config, D by convert, V by DecoderArgs).
+    """Drop-in for ChunkedLoss in FP8. N, D and V must be multiples of 16: config, convert, DecoderArgs check.
 
     In eval mode the scale is used and the amax is not recorded.
     """

@@ -41,8 +41,19 @@ class LossScaler:
         return self.scale <= self.config.min
 
     def state_dict(self) -> dict[str, Tensor]:
-        return {"scale": self.scale, "good_steps": self.good_steps, "skipped": self.skipped}
+        """Copies: a checkpoint is read into what this returns, and `load_state_dict` decides what is taken of it."""
+        state = {"scale": self.scale, "good_steps": self.good_steps, "skipped": self.skipped}
+        return {name: tensor.clone() for name, tensor in state.items()}
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        for name, tensor in self.state_dict().items():
-            tensor.copy_(state[name])
+    def load_state_dict(self, state: dict[str, Tensor]) -> Tensor:
+        """Go on from a `state_dict`. Returns scale now / scale then, [] float32: gradients change by that.
+
+        It is 1 unless loss scaling has been switched on or off since: then the scale is the first one, of `init` or 1.
+        """
+        then = state["scale"]
+        was_on = bool((then != 1) | (state["good_steps"] > 0) | (state["skipped"] > 0))
+        if was_on == self.config.enable:
+            self.scale.copy_(then)
+            self.good_steps.copy_(state["good_steps"])
+        self.skipped.copy_(state["skipped"])
+        return self.scale / then.to(self.scale.device)

@@ -6,7 +6,7 @@ thread that accepts, so that one such client blocks all others and even closing;
 which takes Python's lock from the training thread. Here:
 
     at most RATE answers a second, after a burst     the rest wait in the kernel's queue, or are refused there
-    at most CONNECTIONS at a time                    the next is closed at once
+    at most CONNECTIONS at a time                    the oldest makes room for the next: a scraper says at once what it wants
     each is over after DEADLINE seconds              handshake, request and answer together
 """
 
@@ -85,7 +85,8 @@ class Endpoint:
 
     @property
     def url(self) -> str:
-        return f"{'https' if self._tls else 'http'}://{self.host}:{self.port}/metrics"
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{'https' if self._tls else 'http'}://{host}:{self.port}/metrics"
 
     def start(self) -> int:
         """Listen; returns the port. Raises UserError where the address cannot be used."""
@@ -144,11 +145,9 @@ class _Server(ThreadingMixIn, WSGIServer):
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0][0]
         self._tls = tls
-        self._free = threading.Semaphore(CONNECTIONS)
         self._due = 0.0  # when the next answer may be given; up to a burst of them behind now
-        self._open: dict[
-            int, tuple[socket.socket, float]
-        ] = {}  # thread -> its connection, and when it must end
+        # What was accepted -> the connection (with TLS another object), and when it must end. The oldest is first.
+        self._open: dict[socket.socket, tuple[socket.socket, float]] = {}
         super().__init__((host, port), _Handler)
         self.set_app(application)
 
@@ -159,36 +158,38 @@ class _Server(ThreadingMixIn, WSGIServer):
         return super().get_request()
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        if self._free.acquire(blocking=False):
-            super().process_request(request, client_address)
-        else:
-            self.shutdown_request(request)
+        for oldest in list(self._open)[: max(len(self._open) + 1 - CONNECTIONS, 0)]:
+            self._end(oldest)
+        request.settimeout(DEADLINE)
+        self._open[request] = request, time.monotonic() + DEADLINE
+        super().process_request(request, client_address)
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         try:
-            request.settimeout(DEADLINE)
-            self._open[threading.get_ident()] = request, time.monotonic() + DEADLINE
             super().process_request_thread(request, client_address)
         finally:
-            self._open.pop(threading.get_ident(), None)
-            self._free.release()
+            self._open.pop(request, None)
+
+    def _end(self, request: socket.socket) -> None:
+        connection, _ = self._open.pop(request, (request, 0.0))
+        with contextlib.suppress(OSError):  # it may have gone in this moment
+            connection.shutdown(socket.SHUT_RDWR)
 
     def finish_request(self, request: Any, client_address: Any) -> None:
         if self._tls is None:
             super().finish_request(request, client_address)
             return
         with self._tls.wrap_socket(request, server_side=True, do_handshake_on_connect=False) as secure:
-            self._open[threading.get_ident()] = secure, self._open[threading.get_ident()][1]
+            self._open[request] = secure, self._open[request][1]  # KeyError: ended in this moment, and it may
             secure.do_handshake()
             super().finish_request(secure, client_address)
 
     def service_actions(self) -> None:
         """Runs twice a second. A timeout alone would let a client live that sends a byte now and then."""
         now = time.monotonic()
-        for connection, end in list(self._open.values()):
+        for request, (_, end) in list(self._open.items()):
             if now > end:
-                with contextlib.suppress(OSError):  # it may have gone in this moment
-                    connection.shutdown(socket.SHUT_RDWR)
+                self._end(request)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         logger.debug("A scrape by %s failed", client_address, exc_info=True)

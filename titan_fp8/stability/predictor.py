@@ -27,8 +27,8 @@ further ahead than the past bears out.
 
 Shock, per series: x is y itself (a jump of amax, in bits), its innovation, or the innovation over s against the longer line
 (loss and gradient norm); evidence = ceiling * sigmoid((x - at) / width). A non-finite value anywhere is an event with
-evidence of its own and changes no line, so a NaN blinds nothing. Shocks and events fade with a half-life, and so does the
-trend of a series that stops.
+evidence of its own and changes no line, so a NaN blinds nothing; but gradients that overflow under a loss scale are how it
+finds its height, and none. Shocks and events fade with a half-life, and so does the trend of a series that stops.
 
     risk = 1 - product over witnesses of (1 - largest evidence among the witness' series)                       (noisy or)
 
@@ -146,6 +146,7 @@ COUNT, TOTAL = (
     "nonfinite_steps",
 )  # statistics: what was not finite in this row; in how many steps so far
 EVENTS = "nonfinite"  # their witness
+GRADIENTS = {"dy", "dh", "do", "ds"}  # FP8 tensors, by the last part of their site
 SHOCKS = ("none", "value", "innovation", "score")
 
 
@@ -348,9 +349,12 @@ class Predictor:
         # Fades all; what this row tells anew is written over it or, for shocks, on top.
         self._about[TREND:] *= 0.5 ** (passed / (par.fade * self._about[SPACING]))
         happened = [names[i] for i in np.flatnonzero(~np.isfinite(raw))]
-        if "loss_scale" in values and "grad_norm" in happened:
-            happened.remove("grad_norm")  # the loss scaler backs off; `nonfinite_steps` counts what is worse
+        backs_off = (
+            "loss_scale" in values and "grad_norm" in happened
+        )  # `nonfinite_steps` counts what is worse
         happened += [name for name in self._counts if self._rose(name, values[name])]
+        if backs_off:
+            happened = [name for name in happened if not _of_gradients(name)]
         if happened:
             self._meet(happened)
             self._about[EVENT, [self._index[name] for name in happened]] = par.event
@@ -540,6 +544,14 @@ class Predictor:
         self._noise = np.array(state["noise"], dtype=np.float64).reshape(2, count)
         self._about = np.array(state["about"], dtype=np.float64).reshape(7, count)
         self._index_series()
+
+
+def _of_gradients(series: str) -> bool:
+    """Whether it overflows with the gradients: their own series, and what is of all FP8 tensors together."""
+    return (
+        series in ("grad_norm", "fp8.max_saturation")
+        or series.rpartition(".")[0].rpartition(".")[2] in GRADIENTS
+    )
 
 
 VERSION = 1  # of state_dict

@@ -127,8 +127,7 @@ class Statistics:
         collect()           after it, and after DelayedScaling.update
 
     `batch`: samples of a micro-batch on this rank. `tp`: the tensor-parallel group. `scaling`: the model's DelayedScaling,
-    for headroom and jump of its tensors. `device`: where the model computes, if its parameters are offloaded.
-    Nothing here has to be in a checkpoint.
+    for headroom and jump of its tensors. Nothing here has to be in a checkpoint.
     """
 
     def __init__(
@@ -138,14 +137,12 @@ class Statistics:
         batch: int,
         tp: Any = None,
         scaling: Any = None,
-        device: torch.device | None = None,
     ):
         self.observer, self.tp = observer, tp
         self.probes: dict[str, Probe] = {}
         self.attentions: dict[str, AttentionSite] = {}
         self.sites: list[bool] = []  # of the probes: is it a site, with mean, rms, kurtosis and amax
-        home = next(model.parameters()).device
-        self.device = device = device or home
+        device = next(model.parameters()).device
         for path, module in model.named_modules():
             if not isinstance(module, Probe):
                 continue
@@ -168,15 +165,15 @@ class Statistics:
         self.gated = [name.removesuffix(".w3") for name in gates]
         self.first_rows = [_first_row(p) for p in self.matrices.values()]
         rows = self._rows()
-        self.counts = torch.tensor([x.numel() for x in rows], dtype=torch.float64, device=home)  # [W]
+        self.counts = torch.tensor([x.numel() for x in rows], dtype=torch.float64, device=device)  # [W]
         # Indices of matrices whose rows can lie in one tensor: one by one, each would cost several launches.
         self.alike: dict[Any, list[int]] = {}
         for i, x in enumerate(rows):
             self.alike.setdefault((x.shape[1], x.dtype, x.device), []).append(i)
         heights = [len(_inner(self.matrices[f"{name}.w1"])) for name in self.gated]
-        heights = torch.tensor(heights, dtype=torch.int64, device=home)
+        heights = torch.tensor(heights, dtype=torch.int64, device=device)
         # Of every row of every gate, one below another's: which gate's it is.
-        self.gate_of_row = torch.arange(len(self.gated), device=home).repeat_interleave(heights)
+        self.gate_of_row = torch.arange(len(self.gated), device=device).repeat_interleave(heights)
         self._before: list[Tensor] = []
 
     def begin(self) -> None:
@@ -255,7 +252,7 @@ class Statistics:
             sums.append(histograms.scatter_add_(0, bins, torch.ones_like(bins, dtype=torch.float64)))
             largest = torch.zeros(len(pairs), dtype=torch.float64, device=bins.device)
             maxima.append(largest.scatter_reduce_(0, self.gate_of_row, cosines.double(), "amax"))
-        whole, largest = (torch.cat([x.to(self.device) for x in parts]) for parts in (sums, maxima))
+        whole, largest = torch.cat(sums), torch.cat(maxima)
         if dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(whole)
             dist.all_reduce(largest, op=dist.ReduceOp.MAX)
