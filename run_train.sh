@@ -6,6 +6,7 @@
 #   LOG_RANK        ranks of this machine that print here    0 (comma-separated; the others write to files)
 #   MAX_RESTARTS    how often all processes start again,     0
 #                   from the newest checkpoint, if one dies
+#                   of anything but an error that is named
 #   NNODES          machines; start this on each of them     1
 #   RDZV_ENDPOINT   host:port of one machine                 needed if NNODES > 1; MASTER_ADDR, MASTER_PORT do too
 #   NODE_RANK       0 on the machine of RDZV_ENDPOINT        found by its name if unset
@@ -65,7 +66,7 @@ import os, sys, tomllib, torch
 try:
     with open(sys.argv[1], "rb") as file:
         dump = tomllib.load(file).get("job", {}).get("dump_folder", "./outputs")
-except tomllib.TOMLDecodeError:
+except (ValueError, AttributeError):  # not TOML, not UTF-8, or job = 3
     dump = "./outputs"  # the trainer says what is wrong with the file
 arguments = [part for argument in sys.argv[2:] for part in argument.split("=", 1)]
 for name, value in zip(arguments, arguments[1:]):
@@ -130,6 +131,7 @@ notes=$(mktemp -d)
 trap 'rm -rf "$notes"' EXIT
 export TITAN_FP8_ERROR_FILE=$notes/error TITAN_FP8_STOP_FILE=${TITAN_FP8_STOP_FILE:-$notes/stop}
 : >"$TITAN_FP8_ERROR_FILE"
+[ ! -s "$TITAN_FP8_STOP_FILE" ] || rm -f "$TITAN_FP8_STOP_FILE" # an earlier run's answer; an empty one asks
 
 roll_call=""
 if [ "$nnodes" -gt 1 ]; then

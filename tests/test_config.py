@@ -346,6 +346,8 @@ def test_broken_combination_names_both_sources():
         ("--validation.enable --validation.seq_len=4096", "[validation] seq_len must not exceed"),
         ("--checkpoint.keep_latest_k=1", "[checkpoint] keep_latest_k must be 0 (keep all) or at least 2"),
         ("--checkpoint.last_save_in_hf --checkpoint.no-last_save_model_only", "last_save_in_hf needs"),
+        ("--checkpoint.no-enable --checkpoint.create_seed_checkpoint", "[checkpoint] create_seed_checkpoint needs"),
+        ("--checkpoint.enable --checkpoint.load_only --checkpoint.create_seed_checkpoint", "nothing would be written"),
         ("--profiling.profile_freq=3", "[profiling] profile_freq must be at least"),
     ],
 )  # fmt: skip

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
 from test_checkpoint import Run, same  # pyrefly: ignore
 
+from titan_fp8 import interrupt
 from titan_fp8.checkpoint_folder import complete_steps
 from titan_fp8.interrupt import STOP_FILE, StopRequest
 
@@ -55,6 +57,23 @@ def test_a_file_asks_and_takes_the_answer(make, tmp_path):
     path.unlink()
     assert "nothing new was saved" in other.answer(7, saved=False)
     assert not path.exists(), "and answers"
+
+
+def test_a_process_lives_while_its_launcher_does(monkeypatch):
+    """Which is process 1 where torchrun is a container's only program."""
+    asked = []
+    monkeypatch.setattr(
+        interrupt.ctypes, "CDLL", lambda _: SimpleNamespace(prctl=lambda *args: asked.append(args))
+    )
+    monkeypatch.setattr(os, "getppid", lambda: 1)
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    interrupt.die_with_launcher(4711)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "run")
+    assert not asked
+    interrupt.die_with_launcher(1)
+    with pytest.raises(SystemExit):
+        interrupt.die_with_launcher(4711)
+    assert asked == [(1, signal.SIGKILL)] * 2
 
 
 @pytest.mark.parametrize("mode", ["disabled", "async"])

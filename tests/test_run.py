@@ -189,14 +189,22 @@ def test_two_processes_train_as_one(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("flags", "expected"),
+    ("flags", "file", "expected"),
     [
-        (("--training.stpes=3",), "training.steps"),
-        (("--data.source=files", "--data.path=/nowhere"), "/nowhere"),
+        (("--training.stpes=3",), b"", "training.steps"),
+        (("--data.source=files", "--data.path=/nowhere"), b"", "/nowhere"),
+        ((), "# caf\u00e9\n".encode("latin-1"), "must be UTF-8"),
+        ((), b"job = 3\n", "job must be a section"),
     ],
 )
-def test_an_error_is_one_line_and_the_last(tmp_path, flags, expected):
-    process = start(tmp_path, *flags)
+def test_an_error_is_one_line_and_the_last(tmp_path, flags, file, expected):
+    """The answer that an earlier run left in its stop file is not this one's."""
+    env = {"TITAN_FP8_STOP_FILE": str(tmp_path / "stop")}
+    (tmp_path / "stop").write_text("stopped as asked after step 7\n")
+    if file:
+        env["CONFIG_FILE"] = str(tmp_path / "my.toml")
+        (tmp_path / "my.toml").write_bytes(file)
+    process = start(tmp_path, *flags, **env)
     assert process.wait(timeout=120) != 0
     last = console(tmp_path).strip().splitlines()[-1]
     assert last.startswith("error: ") and expected in last

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ import torch
 from titan_fp8.config import load_config
 from titan_fp8.errors import UserError
 from titan_fp8.stability.predictor import series_of
-from titan_fp8.train import Trainer
+from titan_fp8.train import Trainer, main
 
 pytestmark = pytest.mark.usefixtures("gloo")
 CONFIG = Path(__file__).parent.parent / "train_configs" / "debug.toml"
@@ -215,6 +216,34 @@ def test_a_checkpoint_of_another_architecture_is_refused(make, tmp_path):
     with pytest.raises(UserError, match="architecture") as error:
         make("--architecture.activation=swiglu").train()
     assert "\n" not in str(error.value)
+
+
+def test_an_export_that_cannot_be_is_refused_before_training(make):
+    for flag in ("last_save_in_hf", "initial_load_in_hf"):
+        with pytest.raises(UserError, match="needs a Llama architecture.*export_hf"):
+            make(f"--checkpoint.{flag}", "--checkpoint.last_save_model_only=true")
+
+
+def test_a_dump_folder_that_cannot_be_is_one_line(tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        ["train", "--job.config_file", str(CONFIG), f"--job.dump_folder={tmp_path / 'file' / 'x'}"],
+    )
+    assert main() == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert "job.dump_folder must be a folder that can be written, got" in line and "Not a directory" in line
+
+
+def test_a_restart_does_not_try_again_what_a_person_must_mend(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train", "--job.config_file", "/nowhere"])
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    monkeypatch.setenv("TITAN_FP8_ERROR_FILE", str(told := tmp_path / "error"))
+    told.touch()
+    assert main() == 2 and "/nowhere" in (first := told.read_text())
+    monkeypatch.setattr("titan_fp8.train.load_config", lambda _: pytest.fail("tries again"))
+    assert main() == 2 and told.read_text() == first
 
 
 def test_a_finished_run_says_so(make):

@@ -33,7 +33,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from torch.distributed.checkpoint.state_dict_saver import AsyncSaveResponse
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
-from torchtitan.components.checkpoint import DATALOADER, MODEL, AsyncMode, CheckpointManager
+from torchtitan.components.checkpoint import DATALOADER, MODEL, TRAIN_STATE, AsyncMode, CheckpointManager
 from torchtitan.tools.logging import logger
 
 from titan_fp8 import checkpoint_folder as folders
@@ -78,7 +78,7 @@ class SafeCheckpointManager(CheckpointManager):
         if self.enable and not self.load_only:
             self._check_folder()
             self._together(
-                lambda: folders.tidy(Path(self.folder), restarted=_restarted()),
+                lambda: folders.tidy(Path(self.folder), restarted=restarted()),
                 only_rank0=True, doing="tidy up after a killed run",
             )  # fmt: skip
 
@@ -299,7 +299,7 @@ class SafeCheckpointManager(CheckpointManager):
         if not self.enable or self.load_only or step == -1:
             return self._load(step)
         folder = Path(self.folder)
-        if _restarted() and (folder / folders.TAKEN_UP).exists():
+        if restarted() and (folder / folders.TAKEN_UP).exists():
             return self._load(-1)
         self._load(step)
         self._together(
@@ -409,9 +409,14 @@ class SafeCheckpointManager(CheckpointManager):
             and value.state_dict()  # one that has nothing to save leaves no trace
         ]
         if missing:
+            here = Path(checkpoint_id)
+            steps = folders.complete_steps(self.folder)
+            others = [step for step in steps if self._path(folders.STEP, step) != here]
+            finished = TRAIN_STATE in missing and here.parent == Path(self.folder)
+            why = ", as the last one of a finished run does" if finished else ""
             raise UserError(
-                f"a run resumes only from a full checkpoint, but {checkpoint_id} lacks {', '.join(missing)}; "
-                f"set checkpoint.load_step to another (there are: {self._steps()}), or list what it lacks in "
+                f"a run resumes only from a full checkpoint, but {checkpoint_id} lacks {', '.join(missing)}{why}; "
+                f"set checkpoint.load_step to another (there are: {folders.listed(others)}), or list what it lacks in "
                 "checkpoint.exclude_from_loading, or start a new run with it as "
                 "checkpoint.initial_load_path (checkpoint.last_save_model_only = false keeps last saves full)"
             )
@@ -470,7 +475,7 @@ class SafeCheckpointManager(CheckpointManager):
                 raise UserError(self._cannot(doing, reason)) from error
 
 
-def _restarted() -> bool:
+def restarted() -> bool:
     """Whether torchrun has started this process in place of one that died."""
     return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
 

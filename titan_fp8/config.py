@@ -779,6 +779,9 @@ def _broken_rules(c: Any) -> Iterator[tuple[str, str, str]]:
     if checkpoint.keep_latest_k == 1:
         rule = "must be 0 (keep all) or at least 2: the newest may still be in the writing"
         yield "checkpoint.keep_latest_k", rule, "write 2"
+    if checkpoint.create_seed_checkpoint and (not checkpoint.enable or checkpoint.load_only):
+        rule = "needs [checkpoint] enable = true and load_only = false: nothing would be written"
+        yield "checkpoint.create_seed_checkpoint", rule, "set them"
     if checkpoint.last_save_in_hf and not checkpoint.last_save_model_only:
         rule = "needs last_save_model_only = true: the Hugging Face format holds no optimizer"
         yield "checkpoint.last_save_in_hf", rule, "set that, or export later"

@@ -27,15 +27,17 @@ STOP_FILE = "TITAN_FP8_STOP_FILE"
 _PR_SET_PDEATHSIG = 1  # Linux, <sys/prctl.h>
 
 
-def die_with_launcher() -> None:
-    """Let the kernel kill this process when torchrun dies, even by SIGKILL. Does nothing without torchrun or off Linux.
+def die_with_launcher(launcher: int) -> None:
+    """Let the kernel kill this process when its parent, torchrun, dies, even by SIGKILL; exit if it is dead already.
 
-    torchrun starts workers in sessions of their own: they would train on, unseen, in the folder of whoever starts next.
+    `launcher`: the parent's process id, asked for as early as can be. It may be 1, in a container. Does nothing without
+    torchrun or off Linux. torchrun starts workers in sessions of their own: they would train on, unseen, in the folder of
+    whoever starts next.
     """
     if "TORCHELASTIC_RUN_ID" not in os.environ or sys.platform != "linux":
         return
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() == 1:  # it died before we asked
+    if os.getppid() != launcher:  # it died before we asked
         sys.exit(1)
 
 

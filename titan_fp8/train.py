@@ -19,7 +19,9 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from titan_fp8 import device
+LAUNCHER = os.getppid()  # now: what follows takes seconds, in which it may die
+
+from titan_fp8 import device  # noqa: E402
 
 device.install()  # before anything of torchtitan is imported
 
@@ -32,7 +34,7 @@ from torchtitan.config import TORCH_DTYPE_MAP  # noqa: E402
 from torchtitan.distributed import utils as dist_utils  # noqa: E402
 from torchtitan.tools.logging import init_logger, logger  # noqa: E402
 
-from titan_fp8.checkpoint import SafeCheckpointManager  # noqa: E402
+from titan_fp8.checkpoint import SafeCheckpointManager, restarted  # noqa: E402
 from titan_fp8.checkpoint_folder import claim  # noqa: E402
 from titan_fp8.config import load_config  # noqa: E402
 from titan_fp8.data.dataset import unigram_entropy  # noqa: E402
@@ -50,6 +52,10 @@ class Trainer(titan.Trainer):
     def __init__(self, job_config: Any):
         super().__init__(job_config)
         (self.model,) = self.model_parts
+        adapter = self.train_spec.state_dict_adapter(self.model_args, job_config.model.hf_assets_path)
+        checkpoint = job_config.checkpoint
+        if checkpoint.enable and (checkpoint.last_save_in_hf or checkpoint.initial_load_in_hf):
+            adapter.check()
         self.scaling = scaling_state(self.model)
         if self.scaling is not None:
             (optimizer,) = self.optimizers  # of the one model part; torch's AdamW takes no amaxes
@@ -94,8 +100,8 @@ class Trainer(titan.Trainer):
             optimizers=self.optimizers,
             lr_schedulers=self.lr_schedulers,
             states={"train_state": self, "policy": self.response},
-            checkpoint_config=job_config.checkpoint,
-            sd_adapter=self.train_spec.state_dict_adapter(self.model_args, job_config.model.hf_assets_path),
+            checkpoint_config=checkpoint,
+            sd_adapter=adapter,
             base_folder=job_config.job.dump_folder,
         )
         processor = self.metrics_processor
@@ -368,13 +374,22 @@ def _report(error: UserError) -> None:
 
 def main() -> int:
     """Train as the command line says. Exit status 0, or 2 after an error the user can mend."""
-    die_with_launcher()
+    die_with_launcher(LAUNCHER)
+    told = os.environ.get("TITAN_FP8_ERROR_FILE")
+    if told and os.path.getsize(told) and restarted():  # such an error does not pass by itself
+        return 2
     try:
         config = load_config(sys.argv[1:])
         init_logger()
-        if os.environ.get("RANK", "0") == "0":
-            claim(Path(config.job.dump_folder))
-        _log_to_file(config)
+        try:
+            if os.environ.get("RANK", "0") == "0":
+                claim(Path(config.job.dump_folder))
+            _log_to_file(config)
+        except OSError as error:
+            raise UserError(
+                f"job.dump_folder must be a folder that can be written, got {config.job.dump_folder}: {error.strerror} "
+                f"({error.filename}); choose another --job.dump_folder"
+            ) from error
         trainer = Trainer(config)
         results: list[str] = []
         try:

@@ -3,6 +3,8 @@
 import json
 import math
 
+from helpers import refusal
+
 from titan_fp8.stability.journal import Journal, encode, read
 
 
@@ -99,6 +101,16 @@ def test_a_fresh_run_moves_the_old_one_aside(tmp_path):
     journal.close()
     assert path.read_text() == ""
     assert (tmp_path / "metrics.dropped.jsonl").read_text() == old
+
+
+def test_a_full_disk_is_one_line(tmp_path):
+    journal = Journal(tmp_path, 0)
+    journal.write(train(1))
+    journal._file = open("/dev/full", "w")  # noqa: SIM115 - the journal closes it
+    refusal(lambda: journal.write(train(2)), str(tmp_path / "metrics.jsonl"), "No space left", "make room")
+    journal.close()
+    (tmp_path / "file").write_text("")
+    refusal(lambda: Journal(tmp_path / "file", 0), "could not write", "File exists")
 
 
 def test_a_clean_file_is_not_rewritten(tmp_path):

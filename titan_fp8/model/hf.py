@@ -68,7 +68,8 @@ class LlamaAdapter(StateDictAdapter):
         super().__init__(model_args, hf_assets_path if os.path.isdir(hf_assets_path or "") else None)
         self.model_args = model_args
 
-    def _check(self) -> None:
+    def check(self) -> None:
+        """Raises UserError if the model is not a Llama."""
         args = self.model_args
         if not is_llama(args):
             raise UserError(
@@ -78,7 +79,7 @@ class LlamaAdapter(StateDictAdapter):
 
     def to_hf(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """Our names -> Llama's. Raises UserError if the model is not a Llama."""
-        self._check()
+        self.check()
         renamed = {}
         for key, value in state_dict.items():
             if key.startswith("float8_state."):
@@ -90,7 +91,7 @@ class LlamaAdapter(StateDictAdapter):
 
     def from_hf(self, hf_state_dict: dict[str, Any]) -> dict[str, Any]:
         """Llama's names -> ours. Raises UserError for a weight that this decoder has no place for (a bias, say)."""
-        self._check()
+        self.check()
         renamed = {}
         for key, value in hf_state_dict.items():
             if key.endswith(_NOT_TRAINED):

@@ -16,9 +16,12 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
+
+from titan_fp8.errors import UserError
 
 
 def encode(row: dict[str, Any]) -> str:
@@ -62,8 +65,19 @@ def _belongs(row: dict[str, Any], step: int) -> bool:
     return row["step"] < step or (row["step"] == step and row.get("kind") != "run")
 
 
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"could not write {path}: {error.strerror or error}; make room there, or choose another job.dump_folder, and "
+            "start again: the run goes on from its last checkpoint"
+        ) from error
+
+
 class Journal:
-    """The open metrics.jsonl of `folder`. One process writes it."""
+    """The open metrics.jsonl of `folder`. One process writes it. What writes raises UserError if that fails."""
 
     def __init__(self, folder: str | os.PathLike[str], step: int):
         """Open for a run that goes on from `step` (0: a fresh run); the file will hold each step once.
@@ -73,17 +87,19 @@ class Journal:
         """
         self.path = Path(folder) / "metrics.jsonl"
         self.kept: list[dict[str, Any]] = []
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        if self.path.exists():
-            self._keep(lambda row: _belongs(row, step))
-        self._file: IO[str] = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - open as long as the run
+        with _writing(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            if self.path.exists():
+                self._keep(lambda row: _belongs(row, step))
+            self._file: IO[str] = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - open as long as the run
 
     def roll_back(self, step: int) -> None:
         """The run goes back to `step` and trains on from there: rows beyond move aside, as in a restart."""
         self._file.close()
         self.kept = []
-        self._keep(lambda row: row["step"] <= step)
-        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - open as long as the run
+        with _writing(self.path):
+            self._keep(lambda row: row["step"] <= step)
+            self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - open as long as the run
 
     def _keep(self, belongs: Callable[[dict[str, Any]], bool]) -> None:
         keep, drop = [], []
@@ -108,12 +124,14 @@ class Journal:
     def write(self, row: dict[str, Any]) -> None:
         """Append one row ("kind" and "step" required) and flush it, so that a reader sees it at once."""
         assert {"kind", "step"} <= row.keys(), f"a row needs kind and step: {row}"
-        self._file.write(encode(row) + "\n")
-        self._file.flush()
+        with _writing(self.path):
+            self._file.write(encode(row) + "\n")
+            self._file.flush()
 
     def close(self) -> None:
         """Close the file. May be called twice."""
-        self._file.close()
+        with suppress(OSError):  # `write` has told already of what it could not flush
+            self._file.close()
 
 
 def _write_through(file: IO[str], lines: list[str]) -> None:
