@@ -349,11 +349,8 @@ class Predictor:
         # Fades all; what this row tells anew is written over it or, for shocks, on top.
         self._about[TREND:] *= 0.5 ** (passed / (par.fade * self._about[SPACING]))
         happened = [names[i] for i in np.flatnonzero(~np.isfinite(raw))]
-        backs_off = (
-            "loss_scale" in values and "grad_norm" in happened
-        )  # `nonfinite_steps` counts what is worse
         happened += [name for name in self._counts if self._rose(name, values[name])]
-        if backs_off:
+        if "loss_scale" in values and "grad_norm" in happened:  # `nonfinite_steps` counts what is worse
             happened = [name for name in happened if not _of_gradients(name)]
         if happened:
             self._meet(happened)
