@@ -220,7 +220,7 @@ def test_a_checkpoint_of_another_architecture_is_refused(make, tmp_path):
 
 def test_an_export_that_cannot_be_is_refused_before_training(make):
     for flag in ("last_save_in_hf", "initial_load_in_hf"):
-        with pytest.raises(UserError, match="needs a Llama architecture.*export_hf"):
+        with pytest.raises(UserError, match=r"needs a Llama architecture.*export_hf"):
             make(f"--checkpoint.{flag}", "--checkpoint.last_save_model_only=true")
 
 
