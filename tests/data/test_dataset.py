@@ -337,6 +337,9 @@ def test_builders_refuse_an_empty_split(tmp_path, job):
     (tmp_path / "a.txt").write_text("abc")
     with pytest.raises(UserError, match="raise held_out"):
         build_validation_dataloader(1, 0, BYTE, job(tmp_path, held_out=0.0))
+    with pytest.raises(UserError, match="and one document in"):
+        train(job(tmp_path, held_out=1 - 1e-9))
+    (tmp_path / "b.txt").write_text("defg")
     with pytest.raises(UserError, match="lower held_out"):
         train(job(tmp_path, held_out=1 - 1e-9))
 
