@@ -38,7 +38,7 @@ from titan_fp8.checkpoint import SafeCheckpointManager, restarted  # noqa: E402
 from titan_fp8.checkpoint_folder import claim  # noqa: E402
 from titan_fp8.config import load_config  # noqa: E402
 from titan_fp8.data.dataset import unigram_entropy  # noqa: E402
-from titan_fp8.errors import UserError  # noqa: E402
+from titan_fp8.errors import NotFinite, UserError  # noqa: E402
 from titan_fp8.float8.convert import scaling_state  # noqa: E402
 from titan_fp8.float8.loss_scale import LossScaler  # noqa: E402
 from titan_fp8.interrupt import StopRequest, die_with_launcher  # noqa: E402
@@ -290,7 +290,7 @@ class Trainer(titan.Trainer):
                 if names:
                     more = f" and {len(names) - 1} more" if names[1:] else ""
                     what += f" (FP8 tensors with a non-finite amax: {names[0]}{more})"
-            raise UserError(
+            raise NotFinite(
                 f"{what}; weights were not updated and no checkpoint was written from it: look at that step's data, lower "
                 f"optimizer.lr, or go on past such steps with --stability.skip_nonfinite_steps={allowed + 1}"
             )
@@ -373,7 +373,7 @@ def _report(error: UserError) -> None:
 
 
 def main() -> int:
-    """Train as the command line says. Exit status 0, or 2 after an error the user can mend."""
+    """Train as the command line says. Exit status 0; 2 after an error the user can mend; 3 if it is not finite."""
     die_with_launcher(LAUNCHER)
     told = os.environ.get("TITAN_FP8_ERROR_FILE")
     if told and os.path.getsize(told) and restarted():  # such an error does not pass by itself
@@ -405,7 +405,7 @@ def main() -> int:
         dist.destroy_process_group()
     except UserError as error:
         _report(error)
-        return 2
+        return error.status
     except BrokenPipeError:  # --help | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1

@@ -56,7 +56,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # runs from a checkout, installed or not
 
-from titan_fp8.errors import UserError  # noqa: E402
+from titan_fp8.errors import NotFinite, UserError  # noqa: E402
 from titan_fp8.files import save  # noqa: E402
 from titan_fp8.stability import journal  # noqa: E402
 
@@ -243,7 +243,7 @@ class Scheduler:
         self.study, self.jobs, self.commit = study, jobs, _commit()
         self.free = [gpu for _ in range(jobs) for gpu in names]
         self.until = time.monotonic() + seconds
-        self.active: dict[subprocess.Popen[bytes], tuple[Run, str, float, list[dict[str, Any]]]] = {}
+        self.active: dict[subprocess.Popen[bytes], tuple[Run, str, float]] = {}
         self.asked_at: float | None = None  # when runs were asked to stop
 
     def __call__(self, runs: list[Run]) -> int:
@@ -275,7 +275,7 @@ class Scheduler:
             (run.folder / "stop").touch()
 
     def _start(self, run: Run) -> None:
-        gpu, before = self.free.pop(0), rows_of(run)
+        gpu = self.free.pop(0)
         run.folder.mkdir(parents=True, exist_ok=True)
         for name in ("stop", "error"):
             (run.folder / name).unlink(missing_ok=True)
@@ -299,10 +299,10 @@ class Scheduler:
                 [*command, *run.arguments], stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=environment, cwd=ROOT,
                 start_new_session=True,  # ^C is ours to pass on
             )  # fmt: skip
-        self.active[process] = (run, gpu, time.monotonic(), before)
+        self.active[process] = (run, gpu, time.monotonic())
 
     def _end(self, process: subprocess.Popen[bytes]) -> None:
-        run, gpu, started, earlier = self.active.pop(process)
+        run, gpu, started = self.active.pop(process)
         self.free.append(gpu)
         seconds = time.monotonic() - started
         error = (run.folder / "error").read_text().strip()
@@ -318,8 +318,7 @@ class Scheduler:
             "device": self.device, "jobs": self.jobs, "titan_fp8": self.commit, "torch": version("torch"),
             "flags": run.recipe,
         }  # fmt: skip
-        trained = bool(rows) and rows[-1] not in earlier  # else it could not go on, which is no end
-        if process.returncode and not (process.returncode == 2 and (trained or had_ended)):
+        if process.returncode and not (process.returncode == NotFinite.status or had_ended):
             if self.asked_at is None:  # not killed by us
                 tail = error or f"exit status {process.returncode}, see {run.folder / 'console.log'}"
                 self._ask()

@@ -165,3 +165,12 @@ def test_a_run_that_cannot_start_ends_the_study(tiny, capsys):
     assert study.main(["run", str(tiny), "--arms", "FOG full"]) == 1
     assert "/nowhere" in capsys.readouterr().err
     assert not any(run.ended() for run in study.load(tiny).runs)
+
+
+def test_a_run_that_is_not_finite_has_come_to_its_end(tiny, capsys):
+    tiny.write_text(TINY.replace('"fp8.amax_history" = 4', '"optimizer.lr" = 1e38'))
+    assert study.main(["run", str(tiny), "--arms", "FOG full"]) == 0
+    (run,) = study.choose(study.load(tiny), "FOG full", None)
+    end = study.rows_of(run)[-1]
+    assert (end["status"], end["exit"]) == ("stopped", 3) and "not finite" in end["error"]
+    assert study.main(["run", str(tiny), "--arms", "FOG full"]) == 0  # nothing to do
