@@ -129,6 +129,11 @@ class Fp8AdamW(torch.optim.Optimizer):
         super().__setstate__(state)
         self._plans = {}
 
+    @property
+    def coded(self) -> bool:
+        """Whether a moment is in FP8."""
+        return any(is_fp8(dtype) for dtype in self.formats.values())
+
     def _check(self, p: Tensor) -> None:
         allowed = [torch.float32, torch.bfloat16, *([torch.float16] if self.half_master else [])]
         if p.dtype not in allowed:
@@ -140,8 +145,7 @@ class Fp8AdamW(torch.optim.Optimizer):
             raise UserError(
                 f"parameters must be contiguous, got strides {p.stride()} for {list(p.shape)}: call .contiguous()"
             )
-        coded = any(is_fp8(dtype) for dtype in self.formats.values())
-        if coded and p.is_cuda and torch.cuda.get_device_capability(p.device) < (8, 9):
+        if self.coded and p.is_cuda and torch.cuda.get_device_capability(p.device) < (8, 9):
             name = torch.cuda.get_device_name(p.device)
             raise UserError(
                 f"FP8 moments need a GPU of compute capability 8.9 or later, got {name}: use bf16 or fp32, or AdamW"

@@ -23,7 +23,6 @@ from titan_fp8.data import tokenizer as tokenizers
 from titan_fp8.data.dataset import build_dataloader
 from titan_fp8.errors import UserError
 from titan_fp8.float8.convert import Float8Converter
-from titan_fp8.float8.formats import is_fp8
 from titan_fp8.model.args import FLAVORS
 from titan_fp8.model.decoder import Decoder
 from titan_fp8.model.hf import LlamaAdapter
@@ -116,7 +115,7 @@ def build_optimizers(model_parts: list[nn.Module], config: Any, parallel_dims: A
     names = ("first_moment", "second_moment", "block_size", "round_moments", "round_parameters")
     optimizers = Optimizers(model_parts, Fp8AdamW, settings | {name: getattr(fp8, name) for name in names})
     parameters = [(name, p) for model in model_parts for name, p in model.named_parameters()]
-    coded = any(is_fp8(dtype) for optimizer in optimizers for dtype in optimizer.formats.values())
+    coded = any(optimizer.coded for optimizer in optimizers)
     if coded and (ragged := without_blocks(parameters, fp8.block_size)):
         logger.warning(
             f"The FP8 moments of {len(ragged)} matrices are float32: tensor parallel cuts their rows inside a block of "

@@ -53,7 +53,7 @@ from train_parts import ADAMW, Shape, Text, Trained, device_name  # pyrefly: ign
 
 from titan_fp8.config import Data, Fp8
 from titan_fp8.data.sources import open_source
-from titan_fp8.errors import UserError
+from titan_fp8.errors import UserError, in_one_line
 from titan_fp8.files import save
 from titan_fp8.float8.convert import convert, scaling_state
 from titan_fp8.float8.formats import E4M3, E5M2, FP8_MAX, saturating_cast, scale_from_amax
@@ -622,6 +622,7 @@ def names(option: str, given: str, known: Sequence[str]) -> list[str]:
     return chosen
 
 
+@in_one_line
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -639,28 +640,24 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--merge", type=Path, nargs="+", metavar="JSON", help="write recorded results as one")
     parser.add_argument("--draw", type=Path, metavar="JSON", help="table and picture of a recorded result")
     options = parser.parse_args(arguments)
-    try:
-        out = options.out
-        if out and (out.suffix != ".json" or not out.parent.is_dir()):
-            raise UserError(
-                f"--out must end in .json and lie in a folder that exists, got {out}: change its name or make "
-                f"{out.parent}"
-            )
-        if options.draw:
-            result, out = load(options.draw, "--draw"), options.draw
-        elif options.merge:
-            if out is None:
-                raise UserError("--merge must have an --out, got none: add --out merged.json")
-            result = merge([load(path, "--merge") for path in options.merge])
-            write(result, out)
-        else:
-            result = _train(options)
-        print("\n" + table(result))
-        if out:
-            draw(result, out.with_suffix(".png"))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    out = options.out
+    if out and (out.suffix != ".json" or not out.parent.is_dir()):
+        raise UserError(
+            f"--out must end in .json and lie in a folder that exists, got {out}: change its name or make "
+            f"{out.parent}"
+        )
+    if options.draw:
+        result, out = load(options.draw, "--draw"), options.draw
+    elif options.merge:
+        if out is None:
+            raise UserError("--merge must have an --out, got none: add --out merged.json")
+        result = merge([load(path, "--merge") for path in options.merge])
+        write(result, out)
+    else:
+        result = _train(options)
+    print("\n" + table(result))
+    if out:
+        draw(result, out.with_suffix(".png"))
     return 0
 
 

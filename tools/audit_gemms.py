@@ -24,7 +24,7 @@ import torch  # noqa: E402
 from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 
 from titan_fp8.config import load_config  # noqa: E402
-from titan_fp8.errors import UserError  # noqa: E402
+from titan_fp8.errors import in_one_line  # noqa: E402
 from titan_fp8.float8.audit import audit_step, summarize  # noqa: E402
 from titan_fp8.float8.convert import convert  # noqa: E402
 from titan_fp8.model.args import FLAVORS  # noqa: E402
@@ -68,6 +68,7 @@ def table(report: dict[str, Any]) -> str:
     )
 
 
+@in_one_line
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -75,12 +76,8 @@ def main() -> int:
     parser.add_argument("--config", required=True, help="TOML file")
     parser.add_argument("--json", action="store_true", help="print the whole report as JSON")
     options, overrides = parser.parse_known_args()
-    try:
-        config = load_config(["--job.config_file", options.config, *overrides])
-        report = audit(config)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    config = load_config(["--job.config_file", options.config, *overrides])
+    report = audit(config)
     ratio = report["block_gemm_flops_fp8_ratio"]
     print(json.dumps(report) if options.json else table(report))
     if not options.json:

@@ -43,7 +43,7 @@ from numpy.typing import NDArray
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a checkout, installed or not
 
-from titan_fp8.errors import UserError
+from titan_fp8.errors import UserError, in_one_line
 from titan_fp8.files import save
 from titan_fp8.stability.predictor import Prediction, Predictor, parameters_of, series_of
 
@@ -393,6 +393,7 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+@in_one_line
 def main(arguments: list[str] | None = None) -> int:
     """Returns the exit status: 0, or 2 with one line on stderr."""
     parser = argparse.ArgumentParser(description="Replay recorded runs through the divergence predictor.")
@@ -414,67 +415,63 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="JSON to write")
     parser.add_argument("--picture", type=Path, help="picture to write (png, svg, pdf)")
     options = parser.parse_args(arguments)
-    try:
-        if not 0 < options.threshold <= 1:
+    if not 0 < options.threshold <= 1:
+        raise UserError(
+            f"--threshold must be above 0 and at most 1, got {options.threshold:g}: 0.5 is the default"
+        )
+    if options.rows < 1:
+        raise UserError(f"--rows must be at least 1, got {options.rows}: 3 is the default")
+    if options.every < 1:
+        raise UserError(f"--every must be at least 1, got {options.every}: 1 is every step")
+    names = [_name(path) for path in options.runs]
+    names = names if len(set(names)) == len(names) else [str(path) for path in options.runs]
+    if options.tune and options.half:
+        raise UserError("--half cannot go with --tune, which reports on the second half: leave out one")
+    pairs = [
+        (name, path)
+        for name, path in zip(names, options.runs, strict=True)
+        if options.half is None or first_half(name) == (options.half == "first")
+    ]
+    if not pairs:
+        raise UserError(f"--half {options.half} needs runs in that half, got none there: add runs")
+    runs = [replay(name, read(path), options.healthy, options.every) for name, path in pairs]
+    threshold, tuned_on = options.threshold, []
+    if options.tune:
+        tuned_on = [run for run in runs if first_half(run.name)]
+        threshold = tune(tuned_on, options.rows)
+        runs = [run for run in runs if not first_half(run.name)]
+        if not runs:
+            raise UserError("--tune needs runs in the other half too, got none there: add runs")
+    verdicts = [judge(run, threshold, options.rows) for run in runs]
+    points = roc(runs, options.rows)
+    report = {
+        "threshold": threshold,
+        "rows": options.rows,
+        "every": options.every,
+        "tuned_on": [run.name for run in tuned_on],
+        "half": "second" if options.tune else options.half,
+        "healthy": options.healthy,
+        "summary": summarise(verdicts),
+        "targets": TARGETS,
+        "roc_area": area(points),
+        "roc": points,
+        "runs": [asdict(verdict) for verdict in verdicts],
+    }
+    print(table(verdicts))
+    print(f"threshold {threshold:g}" + (f", chosen on {len(tuned_on)} other runs" if tuned_on else ""))
+    for key, value in report["summary"].items():
+        target = f"  (target {TARGETS[key]:g})" if key in TARGETS else ""
+        print(f"{key}: {'-' if value is None else format(value, '.4g')}{target}")
+    if options.out:
+        try:
+            text = json.dumps(_finite(report), indent=1, allow_nan=False) + "\n"
+            save(options.out, lambda path: path.write_text(text))
+        except OSError as error:
             raise UserError(
-                f"--threshold must be above 0 and at most 1, got {options.threshold:g}: 0.5 is the default"
-            )
-        if options.rows < 1:
-            raise UserError(f"--rows must be at least 1, got {options.rows}: 3 is the default")
-        if options.every < 1:
-            raise UserError(f"--every must be at least 1, got {options.every}: 1 is every step")
-        names = [_name(path) for path in options.runs]
-        names = names if len(set(names)) == len(names) else [str(path) for path in options.runs]
-        if options.tune and options.half:
-            raise UserError("--half cannot go with --tune, which reports on the second half: leave out one")
-        pairs = [
-            (name, path)
-            for name, path in zip(names, options.runs, strict=True)
-            if options.half is None or first_half(name) == (options.half == "first")
-        ]
-        if not pairs:
-            raise UserError(f"--half {options.half} needs runs in that half, got none there: add runs")
-        runs = [replay(name, read(path), options.healthy, options.every) for name, path in pairs]
-        threshold, tuned_on = options.threshold, []
-        if options.tune:
-            tuned_on = [run for run in runs if first_half(run.name)]
-            threshold = tune(tuned_on, options.rows)
-            runs = [run for run in runs if not first_half(run.name)]
-            if not runs:
-                raise UserError("--tune needs runs in the other half too, got none there: add runs")
-        verdicts = [judge(run, threshold, options.rows) for run in runs]
-        points = roc(runs, options.rows)
-        report = {
-            "threshold": threshold,
-            "rows": options.rows,
-            "every": options.every,
-            "tuned_on": [run.name for run in tuned_on],
-            "half": "second" if options.tune else options.half,
-            "healthy": options.healthy,
-            "summary": summarise(verdicts),
-            "targets": TARGETS,
-            "roc_area": area(points),
-            "roc": points,
-            "runs": [asdict(verdict) for verdict in verdicts],
-        }
-        print(table(verdicts))
-        print(f"threshold {threshold:g}" + (f", chosen on {len(tuned_on)} other runs" if tuned_on else ""))
-        for key, value in report["summary"].items():
-            target = f"  (target {TARGETS[key]:g})" if key in TARGETS else ""
-            print(f"{key}: {'-' if value is None else format(value, '.4g')}{target}")
-        if options.out:
-            try:
-                text = json.dumps(_finite(report), indent=1, allow_nan=False) + "\n"
-                save(options.out, lambda path: path.write_text(text))
-            except OSError as error:
-                raise UserError(
-                    f"--out must be writable, got {options.out} ({error.strerror}): choose another place"
-                ) from error
-        if options.picture:
-            draw(runs, report, options.picture)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+                f"--out must be writable, got {options.out} ({error.strerror}): choose another place"
+            ) from error
+    if options.picture:
+        draw(runs, report, options.picture)
     return 0
 
 

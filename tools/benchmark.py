@@ -42,7 +42,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
 from titan_fp8 import files  # noqa: E402
 from titan_fp8.config import Architecture, Fp8  # noqa: E402
 from titan_fp8.device import launch_quickly  # noqa: E402
-from titan_fp8.errors import UserError  # noqa: E402
+from titan_fp8.errors import UserError, in_one_line  # noqa: E402
 from titan_fp8.float8.convert import convert, scaling_state  # noqa: E402
 from titan_fp8.float8.formats import BY_NAME  # noqa: E402
 from titan_fp8.float8.kernels.attention_forward import require_hopper  # noqa: E402
@@ -537,43 +537,40 @@ def recorded(path: Path) -> dict[str, Any]:
     )
 
 
+@in_one_line
 def main(arguments: list[str] | None = None) -> int:
-    try:
-        options, names = parse(arguments)
-        if options.draw:
-            result = recorded(options.draw)
-            print(bench_report.table(result))
-            bench_report.draw(result, options.draw.with_suffix(".png"))
-            return 0
-        if not torch.cuda.is_available():
-            raise UserError("the benchmark needs a CUDA GPU, got none: run it on a machine with one")
-        if options.attention_only:
-            require_hopper(torch.device("cuda"))
-            result = bench_attention.run(options.shape or bench_attention.SHAPES, BY_NAME[options.dtype])
-            print(bench_attention.table(result))
-        elif options.gemm_only:
-            shape = SHAPES[options.model]
-            result = measure_rates(names, shape, options.seq_len, options.batch or shape.batch)
-            for preset, rows in result.items():
-                print(f"GEMMs of {preset}:\n{bench_gemms.table(rows)}\n")
-        elif options.optimizer_only:
-            model = build(SHAPES[options.model], 128, VARIANTS["llama bf16"])
-            shapes = [tuple(p.shape) for p in model.parameters()]
-            result = bench_optimizer.run(shapes, torch.bfloat16, list(bench_optimizer.OPTIMIZERS))
-            print(bench_optimizer.table(result))
-        else:
-            shape = SHAPES[options.model]
-            # Before memory is taken: on meta.
-            check_parameters(
-                {n: sum(p.numel() for p in build(shape, 128, VARIANTS[n]).parameters()) for n in names}
-            )
-            result = run(options, names)
-            print(bench_report.table(result))
-        if options.out:
-            save(result, options.out)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    options, names = parse(arguments)
+    if options.draw:
+        result = recorded(options.draw)
+        print(bench_report.table(result))
+        bench_report.draw(result, options.draw.with_suffix(".png"))
+        return 0
+    if not torch.cuda.is_available():
+        raise UserError("the benchmark needs a CUDA GPU, got none: run it on a machine with one")
+    if options.attention_only:
+        require_hopper(torch.device("cuda"))
+        result = bench_attention.run(options.shape or bench_attention.SHAPES, BY_NAME[options.dtype])
+        print(bench_attention.table(result))
+    elif options.gemm_only:
+        shape = SHAPES[options.model]
+        result = measure_rates(names, shape, options.seq_len, options.batch or shape.batch)
+        for preset, rows in result.items():
+            print(f"GEMMs of {preset}:\n{bench_gemms.table(rows)}\n")
+    elif options.optimizer_only:
+        model = build(SHAPES[options.model], 128, VARIANTS["llama bf16"])
+        shapes = [tuple(p.shape) for p in model.parameters()]
+        result = bench_optimizer.run(shapes, torch.bfloat16, list(bench_optimizer.OPTIMIZERS))
+        print(bench_optimizer.table(result))
+    else:
+        shape = SHAPES[options.model]
+        # Before memory is taken: on meta.
+        check_parameters(
+            {n: sum(p.numel() for p in build(shape, 128, VARIANTS[n]).parameters()) for n in names}
+        )
+        result = run(options, names)
+        print(bench_report.table(result))
+    if options.out:
+        save(result, options.out)
     return 0
 
 

@@ -45,7 +45,7 @@ from torchtitan.distributed import utils as dist_utils  # noqa: E402
 from torchtitan.tools.logging import logger  # noqa: E402
 
 from titan_fp8.config import Architecture, Fp8  # noqa: E402
-from titan_fp8.errors import UserError  # noqa: E402
+from titan_fp8.errors import UserError, in_one_line  # noqa: E402
 from titan_fp8.files import save  # noqa: E402
 from titan_fp8.float8.convert import convert, scaling_state  # noqa: E402
 from titan_fp8.model.args import FLAVORS, DecoderArgs  # noqa: E402
@@ -418,12 +418,9 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     return options, names
 
 
+@in_one_line
 def main(arguments: list[str] | None = None) -> int:
-    try:
-        options, names = parse(arguments)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    options, names = parse(arguments)
     logger.setLevel("WARNING")
     kind = "cuda" if torch.cuda.is_available() else "cpu"
     if kind == "cuda":

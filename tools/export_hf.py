@@ -47,7 +47,7 @@ from titan_fp8.checkpoint import FP8_STATE, compare_weights  # noqa: E402
 from titan_fp8.config import load_config  # noqa: E402
 from titan_fp8.data.sources import hash64  # noqa: E402
 from titan_fp8.data.tokenizer import Tokenizer  # noqa: E402
-from titan_fp8.errors import UserError  # noqa: E402
+from titan_fp8.errors import UserError, in_one_line  # noqa: E402
 from titan_fp8.files import new_folder  # noqa: E402
 from titan_fp8.model.args import FLAVORS, DecoderArgs  # noqa: E402
 from titan_fp8.model.decoder import Decoder  # noqa: E402
@@ -334,6 +334,7 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+@in_one_line
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
@@ -346,15 +347,10 @@ def main(argv: list[str] | None = None) -> int:
     try:
         config = load_config(["--job.config_file", options.config, *overrides])
         count = export(config, options.checkpoint, options.out, DTYPES[options.dtype])
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     except OSError as error:
-        print(
-            f"error: --out must be on a disk that takes it, got {error}: mend that and start again",
-            file=sys.stderr,
-        )
-        return 2
+        raise UserError(
+            f"--out must be on a disk that takes it, got {error}: mend that and start again"
+        ) from error
     remote = "" if is_llama_config(options.out) else ", trust_remote_code=True"
     print(
         f'{options.out}: {count:,} parameters. AutoModelForCausalLM.from_pretrained("{options.out}"{remote})'

@@ -43,7 +43,7 @@ from train_parts import IGNORE_INDEX, Shape, Trained, device_name  # pyrefly: ig
 
 from titan_fp8.config import Data, Fp8
 from titan_fp8.data.sources import open_source
-from titan_fp8.errors import UserError
+from titan_fp8.errors import UserError, in_one_line
 from titan_fp8.files import save
 from titan_fp8.float8.convert import convert, scaling_state
 from titan_fp8.model.decoder import Decoder
@@ -306,6 +306,7 @@ def draw(result: dict[str, Any], out: Path) -> None:
         plt.close(figure)
 
 
+@in_one_line
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -315,30 +316,26 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="write the result as JSON, and its picture beside it")
     parser.add_argument("--draw", type=Path, metavar="JSON", help="draw a recorded result")
     options = parser.parse_args(arguments)
-    try:
-        if options.draw:
-            if not options.draw.is_file():
-                raise UserError(
-                    f"--draw must name a recorded result, got {options.draw}: name an --out of this tool"
-                )
-            draw(json.loads(options.draw.read_text()), options.draw.with_suffix(".png"))
-            return 0
-        if not 1 <= options.outlier <= 1e30:
+    if options.draw:
+        if not options.draw.is_file():
             raise UserError(
-                f"--outlier must lie between 1 and 1e30, got {options.outlier:g}: leave it out for 1e7"
+                f"--draw must name a recorded result, got {options.draw}: name an --out of this tool"
             )
-        if options.out and not options.out.parent.is_dir():
-            raise UserError(
-                f"--out must lie in a folder that exists, got {options.out}: make {options.out.parent}"
-            )
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        result = run(SIZES[options.size], options.outlier, device)
-        if options.out:
-            save(options.out, lambda path: path.write_text(json.dumps(result, indent=1) + "\n"))
-            draw(result, options.out.with_suffix(".png"))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        draw(json.loads(options.draw.read_text()), options.draw.with_suffix(".png"))
+        return 0
+    if not 1 <= options.outlier <= 1e30:
+        raise UserError(
+            f"--outlier must lie between 1 and 1e30, got {options.outlier:g}: leave it out for 1e7"
+        )
+    if options.out and not options.out.parent.is_dir():
+        raise UserError(
+            f"--out must lie in a folder that exists, got {options.out}: make {options.out.parent}"
+        )
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    result = run(SIZES[options.size], options.outlier, device)
+    if options.out:
+        save(options.out, lambda path: path.write_text(json.dumps(result, indent=1) + "\n"))
+        draw(result, options.out.with_suffix(".png"))
     return 0
 
 

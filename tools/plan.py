@@ -26,7 +26,7 @@ import torch  # noqa: E402
 from torch import nn  # noqa: E402
 
 from titan_fp8.config import load_config  # noqa: E402
-from titan_fp8.errors import UserError  # noqa: E402
+from titan_fp8.errors import UserError, in_one_line  # noqa: E402
 from titan_fp8.float8.convert import HEAD, select  # noqa: E402
 from titan_fp8.model.activations import GATED  # noqa: E402
 from titan_fp8.model.args import FLAVORS, DecoderArgs  # noqa: E402
@@ -416,6 +416,7 @@ def show(result: dict[str, Any], name: str, tokens: float) -> str:
     return "\n".join(lines)
 
 
+@in_one_line
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -427,18 +428,14 @@ def main() -> int:
     parser.add_argument("--tokens", type=float, default=1e12, help="for the days; default 1e12")
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
     options, overrides = parser.parse_known_args()
-    try:
-        config = load_config(["--job.config_file", options.config, *overrides])
-        build_tokenizer(config)
-        args = FLAVORS[config.model.flavor]
-        args.update_from_config(config)
-        if options.tp is None:
-            options.tp = config.parallelism.tensor_parallel_degree
-        layout = layout_of(config, options.gpus, options.tp)
-        result = plan(args, recipe_of(config), layout, GPUS[options.gpu], config.fp8.filter)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    config = load_config(["--job.config_file", options.config, *overrides])
+    build_tokenizer(config)
+    args = FLAVORS[config.model.flavor]
+    args.update_from_config(config)
+    if options.tp is None:
+        options.tp = config.parallelism.tensor_parallel_degree
+    layout = layout_of(config, options.gpus, options.tp)
+    result = plan(args, recipe_of(config), layout, GPUS[options.gpu], config.fp8.filter)
     print(json.dumps(result) if options.json else show(result, options.gpu, options.tokens))
     return 0
 

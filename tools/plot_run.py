@@ -39,7 +39,7 @@ from plot_parts import (
     save_figure,
 )
 
-from titan_fp8.errors import UserError
+from titan_fp8.errors import UserError, in_one_line
 from titan_fp8.stability.predictor import split_name
 
 BLUE, RED, GREEN = COLORS[:3]
@@ -353,6 +353,7 @@ def _describe(run: Run) -> str:
     return f"{about['model']}, {about['recipe']}, {ranks}{about['device']}"
 
 
+@in_one_line
 def main(arguments: list[str] | None = None) -> int:
     """Returns the exit status: 0, or 2 with one line on stderr."""
     parser = argparse.ArgumentParser(description="Draw a run, or compare several, from their metrics.jsonl.")
@@ -364,15 +365,11 @@ def main(arguments: list[str] | None = None) -> int:
     )
     options = parser.parse_args(arguments)
     folders: list[Path] = options.folders
-    try:
-        if len(folders) > len(COLORS):
-            raise UserError(f"at most {len(COLORS)} runs fit in one picture, got {len(folders)}: name fewer")
-        unique = len({folder.resolve().name for folder in folders}) == len(folders)
-        runs = [load(folder, folder.resolve().name if unique else str(folder)) for folder in folders]
-        draw(runs, options.out)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if len(folders) > len(COLORS):
+        raise UserError(f"at most {len(COLORS)} runs fit in one picture, got {len(folders)}: name fewer")
+    unique = len({folder.resolve().name for folder in folders}) == len(folders)
+    runs = [load(folder, folder.resolve().name if unique else str(folder)) for folder in folders]
+    draw(runs, options.out)
     print(f"Wrote {options.out}")
     return 0
 

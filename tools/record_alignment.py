@@ -27,7 +27,7 @@ from instability import ARMS, RARE, SIZES, Text, feed_forward_inputs, free_direc
 from torch import Tensor
 from train_parts import build  # pyrefly: ignore
 
-from titan_fp8.errors import UserError
+from titan_fp8.errors import UserError, in_one_line
 from titan_fp8.files import save
 from titan_fp8.float8.convert import convert, scaling_state
 from titan_fp8.model.decoder import Decoder
@@ -122,6 +122,7 @@ def record(out: Path, seed: int) -> None:
         print(f"{path.name}: {time.perf_counter() - began:.0f} s, loss {rows[-1]['loss']:.3f}", flush=True)
 
 
+@in_one_line
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -130,17 +131,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4])
     options = parser.parse_args(arguments)
     try:
-        try:
-            options.out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(
-                f"--out must be a folder that can be written, got {options.out} ({error.strerror}): choose another"
-            ) from error
-        for seed in options.seeds:
-            record(options.out, seed)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        options.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"--out must be a folder that can be written, got {options.out} ({error.strerror}): choose another"
+        ) from error
+    for seed in options.seeds:
+        record(options.out, seed)
     return 0
 
 

@@ -56,7 +56,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # runs from a checkout, installed or not
 
-from titan_fp8.errors import NotFinite, UserError  # noqa: E402
+from titan_fp8.errors import NotFinite, UserError, in_one_line  # noqa: E402
 from titan_fp8.files import save  # noqa: E402
 from titan_fp8.stability import journal  # noqa: E402
 
@@ -634,6 +634,7 @@ def status(study: Study) -> str:
     return "\n".join(lines)
 
 
+@in_one_line
 def main(arguments: list[str] | None = None) -> int:
     """Returns the exit status: 0; 1 if runs are missing; 2 after one line on stderr."""
     parser = argparse.ArgumentParser(
@@ -668,9 +669,6 @@ def main(arguments: list[str] | None = None) -> int:
             if missing:
                 print(f"{missing} of {len(runs)} runs have not ended: the same command goes on with them")
             return 1 if missing else 0
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     except BrokenPipeError:  # status | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a c
 from titan_fp8.config import Data
 from titan_fp8.data.sources import open_source
 from titan_fp8.data.tokenizer import LLAMA3_PATTERN
-from titan_fp8.errors import UserError
+from titan_fp8.errors import UserError, in_one_line
 from titan_fp8.files import save
 
 
@@ -60,6 +60,7 @@ def train(texts: Iterator[str], size: int) -> list[bytes]:
     return tokens
 
 
+@in_one_line
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -70,30 +71,24 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--documents", type=int, help="learn from the first so many; default: all")
     parser.add_argument("--out", type=Path, required=True, help="the tiktoken file to write")
     options = parser.parse_args(arguments)
-    try:
-        if not 256 <= options.size <= 1 << 20:
-            raise UserError(f"--size must be 256 to 1048576, got {options.size}: 32768 is usual")
-        folder = options.out.absolute().parent  # asked now: training may take hours
-        if options.out.is_dir() or not os.access(folder, os.W_OK):
-            raise UserError(
-                f"--out must be a file in a folder that can be written to, got {options.out}: choose another place"
-            )
-        data = Data(source="files", path=options.path, text_key=options.text_key, held_out=0.0)
-        documents = open_source(data).split("train")
-        texts = (
-            document.decode(errors="replace") for document in itertools.islice(documents, options.documents)
+    if not 256 <= options.size <= 1 << 20:
+        raise UserError(f"--size must be 256 to 1048576, got {options.size}: 32768 is usual")
+    folder = options.out.absolute().parent  # asked now: training may take hours
+    if options.out.is_dir() or not os.access(folder, os.W_OK):
+        raise UserError(
+            f"--out must be a file in a folder that can be written to, got {options.out}: choose another place"
         )
-        tokens = train(texts, options.size)
-        lines = [f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in enumerate(tokens)]
-        try:
-            save(options.out, lambda path: path.write_text("".join(lines)))
-        except OSError as error:
-            raise UserError(
-                f"--out must be writable, got {options.out} ({error.strerror}): choose another place"
-            ) from error
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    data = Data(source="files", path=options.path, text_key=options.text_key, held_out=0.0)
+    documents = open_source(data).split("train")
+    texts = (document.decode(errors="replace") for document in itertools.islice(documents, options.documents))
+    tokens = train(texts, options.size)
+    lines = [f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in enumerate(tokens)]
+    try:
+        save(options.out, lambda path: path.write_text("".join(lines)))
+    except OSError as error:
+        raise UserError(
+            f"--out must be writable, got {options.out} ({error.strerror}): choose another place"
+        ) from error
     print(f"{options.out}: {len(tokens)} tokens, the longest of {max(map(len, tokens))} bytes")
     return 0
 

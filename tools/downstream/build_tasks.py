@@ -44,7 +44,7 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs from a checkout, installed or not
 
 from titan_fp8.data.sources import hash64, read_records
-from titan_fp8.errors import UserError
+from titan_fp8.errors import UserError, in_one_line
 from titan_fp8.files import new_folder
 
 _BORDER = re.compile(r"(?<=[.!?])\s+(?=[A-Z])|\s*\n\s*\n\s*")
@@ -255,6 +255,7 @@ def build(path: Path, out: Path, name: str, count: int, domain_bytes: int) -> di
     return tasks
 
 
+@in_one_line
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -275,15 +276,10 @@ def main(argv: list[str] | None = None) -> int:
     name = args.name if args.name is not None else _slug(args.path.name.split(".")[0])
     try:
         tasks = build(args.path, args.out, name, args.count, args.domain_bytes)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     except OSError as error:
-        print(
-            f"error: --out must be on a disk that takes it, got {error}: mend that and start again",
-            file=sys.stderr,
-        )
-        return 2
+        raise UserError(
+            f"--out must be on a disk that takes it, got {error}: mend that and start again"
+        ) from error
     passages_found = tasks.get(f"{name}_cloze", 0)
     print(f"{args.out}: {passages_found} passages, {sum(tasks.values()) - passages_found} documents")
     chosen = ",".join([*([f"{name}_cloze"] if passages_found else []), f"{name}_bits_per_byte"])

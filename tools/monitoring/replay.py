@@ -23,7 +23,7 @@ sys.path.insert(
     0, str(Path(__file__).resolve().parent.parent.parent)
 )  # runs from a checkout, installed or not
 
-from titan_fp8.errors import UserError
+from titan_fp8.errors import UserError, in_one_line
 from titan_fp8.stability.exporter import Exporter
 from titan_fp8.stability.predictor import Predictor, parameters_of, series_of
 
@@ -75,6 +75,7 @@ def replay(
         time.sleep(max(due - time.monotonic(), 0))
 
 
+@in_one_line
 def main(arguments: list[str] | None = None) -> int:
     """Returns the exit status: 0, or 2 with one line on stderr."""
     parser = argparse.ArgumentParser(
@@ -87,15 +88,11 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--port", type=int, default=9464, help="port to listen on (default: 9464)")
     options = parser.parse_args(arguments)
-    try:
-        if not options.rows_per_second > 0:
-            raise UserError(f"--rows-per-second must be above 0, got {options.rows_per_second}: leave it out")
-        rows = recorded(options.run)
-        exporter = Exporter({"host": options.host, "port": options.port})
-        print(f"Prometheus metrics at {exporter.start()[0]}", flush=True)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if not options.rows_per_second > 0:
+        raise UserError(f"--rows-per-second must be above 0, got {options.rows_per_second}: leave it out")
+    rows = recorded(options.run)
+    exporter = Exporter({"host": options.host, "port": options.port})
+    print(f"Prometheus metrics at {exporter.start()[0]}", flush=True)
     try:
         for row in replay(rows, exporter, options.rows_per_second):
             if row["kind"] == "train":
