@@ -367,7 +367,7 @@ def test_of_several_micro_batches_the_last_counts(gloo):
 
 
 def test_one_copy_to_the_host(gloo, monkeypatch):
-    """Nothing else waits for the device: with `tolist` counted, no scalar is read and no truth of a tensor asked."""
+    """Nothing else waits for the device: with `cpu` counted, no scalar is read and no truth of a tensor asked."""
 
     class NoScalars(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -375,10 +375,10 @@ def test_one_copy_to_the_host(gloo, monkeypatch):
             return func(*args, **(kwargs or {}))
 
     copies = []
-    tolist = Tensor.tolist
+    cpu = Tensor.cpu
     watched = Watched(build("llama", DELAYED))
     watched.step()
-    monkeypatch.setattr(Tensor, "tolist", lambda x: copies.append(x.shape) or tolist(x))
+    monkeypatch.setattr(Tensor, "cpu", lambda x: copies.append(x.shape) or cpu(x))
     with NoScalars():
         assert len(watched.step()) > 60
     assert len(copies) == 1

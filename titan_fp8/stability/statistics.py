@@ -25,6 +25,7 @@ import math
 import re
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -207,17 +208,18 @@ class Statistics:
         if self.scaling is not None:
             jump = self.scaling.jump
             fp8 = [self.scaling.headroom().double(), torch.where(jump > 0, jump, torch.nan).double()]
-        numbers = torch.cat([sums, maxima, *fp8]).tolist()  # the one wait for the device
+        numbers = torch.cat([sums, maxima, *fp8]).cpu().numpy()  # the one wait for the device
+        # From here on the GPU may be idle: no loop over elements in Python that numpy has too.
         table = _Table(numbers)
         self._tell_probes(table, len(sums))
         self._tell_weights(table)
         if self.scaling is not None:
             table.seek(len(sums) + len(maxima))
             for statistic in ("headroom", "amax_jump"):
-                for name in self.scaling.names:
-                    (value,) = table.take(1)
-                    if name not in self.scaling.weights and not math.isnan(value):
-                        table.put(name, statistic, value)
+                values = table.take(len(self.scaling.names))
+                names = self.scaling.names
+                there = [name not in self.scaling.weights for name in names] & ~np.isnan(values)
+                table.put(names, statistic, values, there)
         return table.found
 
     def _reduced(self) -> tuple[Tensor, Tensor]:
@@ -277,69 +279,76 @@ class Statistics:
         return torch.stack((*columns, self.counts), 1).flatten()
 
     def _tell_probes(self, table: _Table, maxima: int) -> None:
-        names = list(self.probes)
-        for i, (name, site) in enumerate(zip(names, self.sites, strict=True)):
-            row = table.take(SAMPLES + 1)
-            n = row[ELEMENTS]
-            if row[NONFINITE]:
-                table.put(name, "nonfinite", round(row[NONFINITE]))
-            if not n:
-                continue
-            if site:
-                table.put(name, "mean", row[SUM] / n)
-            else:
-                table.put(name, "saturated_share", row[SATURATED] / n)
-                table.put(name, "underflowed_share", row[UNDERFLOWED] / n)
-            if site or row[SQUARES]:
-                table.put(name, "rms", math.sqrt(row[SQUARES] / n))
-                if row[SAMPLES]:
-                    table.put(name, "kurtosis", row[KURTOSIS] / row[SAMPLES])
-                table.put(name, "amax", table.at(maxima + i))
-        for i, name in enumerate(self.attentions):
-            entropy, rows = table.take(2)
-            if rows:
-                table.put(name, "logit_max", table.at(maxima + len(names) + i))
-                table.put(name, "entropy", entropy / rows)
+        names, site = list(self.probes), np.array(self.sites, bool)
+        columns = table.take((SAMPLES + 1) * len(names)).reshape(len(names), -1).T
+        n, squares, samples = columns[ELEMENTS], columns[SQUARES], columns[SAMPLES]
+        table.count(names, columns[NONFINITE])
+        there = n > 0
+        n = np.where(there, n, 1.0)
+        table.put(names, "mean", columns[SUM] / n, there & site)
+        table.put(names, "saturated_share", columns[SATURATED] / n, there & ~site)
+        table.put(names, "underflowed_share", columns[UNDERFLOWED] / n, there & ~site)
+        there &= site | (squares != 0)
+        table.put(names, "rms", np.sqrt(squares / n), there)
+        table.put(
+            names, "kurtosis", columns[KURTOSIS] / np.where(samples, samples, 1.0), there & (samples != 0)
+        )
+        table.put(names, "amax", table.numbers[maxima : maxima + len(names)], there)
+        maxima += len(names)
+        names = list(self.attentions)
+        entropy, rows = table.take(2 * len(names)).reshape(-1, 2).T
+        table.put(names, "logit_max", table.numbers[maxima : maxima + len(names)], rows > 0)
+        table.put(names, "entropy", entropy / np.where(rows, rows, 1.0), rows > 0)
 
     def _tell_weights(self, table: _Table) -> None:
-        for name in self.matrices:
-            squares, changes, n = table.take(3)
-            table.put(name, "weight_rms", math.sqrt(squares / n))
-            table.put(name, "update_rms", math.sqrt(changes / n))
-        histograms = [table.take(BINS) for _ in self.gated]
+        names = list(self.matrices)
+        squares, changes, n = table.take(3 * len(names)).reshape(-1, 3).T
+        table.put(names, "weight_rms", np.sqrt(squares / n))
+        table.put(names, "update_rms", np.sqrt(changes / n))
+        histograms = table.take(BINS * len(self.gated)).reshape(-1, BINS)
         table.seek(table.position + len(self.probes) + len(self.attentions))
-        for name, histogram in zip(self.gated, histograms, strict=True):
-            above, angle = (1 - QUANTILE) * sum(histogram), 0
-            count = histogram[0]
-            while count <= above:
-                angle += 1
-                count += histogram[angle]
-            table.put(name, "alignment_max", table.take(1)[0])
-            table.put(name, "alignment_q999", math.cos((angle + 0.5) * math.pi / 2 / BINS))
+        if self.gated:
+            above = histograms.cumsum(1) > (1 - QUANTILE) * histograms.sum(1, keepdims=True)
+            angles = (above.argmax(1) + 0.5) * math.pi / 2 / BINS
+            table.put(self.gated, "alignment_max", table.take(len(self.gated)))
+            table.put(self.gated, "alignment_q999", np.cos(angles))
 
 
 class _Table:
     """Reads numbers in their order, and writes the table."""
 
-    def __init__(self, numbers: list[float]):
-        self.numbers, self.position, self.found = numbers, 0, {}
+    def __init__(self, numbers: np.ndarray):
+        self.numbers, self.position = numbers, 0
+        self.found: Table = {}
 
-    def take(self, count: int) -> list[float]:
+    def take(self, count: int) -> np.ndarray:
         self.seek(self.position + count)
         return self.numbers[self.position - count : self.position]
-
-    def at(self, position: int) -> float:
-        return self.numbers[position]
 
     def seek(self, position: int) -> None:
         self.position = position
 
-    def put(self, site: str, statistic: str, value: float) -> None:
-        values = self.found.setdefault(site, {})
-        if math.isfinite(value):
-            values[statistic] = float(f"{value:.{DIGITS}g}")
-        else:  # an event, and no value
-            values["nonfinite"] = values.get("nonfinite", 0) + 1
+    def put(
+        self, sites: list[str], statistic: str, values: np.ndarray, there: np.ndarray | None = None
+    ) -> None:
+        """The values of those that are `there`; one that is not finite is an event, and no value."""
+        finite = np.isfinite(values)
+        if there is not None:
+            self.count(sites, there & ~finite)
+            finite &= there
+        else:
+            self.count(sites, ~finite)
+        at = finite.nonzero()[0].tolist()
+        # All in one go: a call for each would be most of the time.
+        digits = f"%.{DIGITS}g " * len(at) % tuple(values[at])
+        for i, value in zip(at, map(float, digits.split()), strict=True):
+            self.found.setdefault(sites[i], {})[statistic] = value
+
+    def count(self, sites: list[str], events: np.ndarray) -> None:
+        """Add non-finite values."""
+        for i in events.nonzero()[0].tolist():
+            values = self.found.setdefault(sites[i], {})
+            values["nonfinite"] = values.get("nonfinite", 0) + round(float(events[i]))
 
 
 def plain(name: str) -> str:
