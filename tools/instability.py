@@ -1,4 +1,4 @@
-"""The instability of SwiGLU in FP8 with delayed scaling, in minutes: three arms from the same weights, on the same batches.
+"""The instability of SwiGLU in FP8 with delayed scaling, in minutes: four arms from the same weights, on the same batches.
 
     python tools/instability.py --size small --out instability.json       on a GPU, minutes; a picture beside the JSON
     python tools/instability.py --size tiny --out instability.json        on CPU, a minute
@@ -7,6 +7,7 @@
     bf16         SwiGLU, no FP8
     fp8          SwiGLU, linears in FP8, one delayed scale for z, SwiGLU's output
     fp8 smooth   Smooth-SwiGLU, the same but a delayed scale for each feature of z
+    ... dynamic  Smooth-SwiGLU with each feature scaled by its amax in this step
 
 "Scaling FP8 training to trillion-token LLMs" (arXiv 2409.12517, section 3): after hundreds of billions of tokens the gate's
 and the up-projection's rows of a feature are parallel and long. SwiGLU is then quadratic in that feature, a rare input makes
@@ -14,7 +15,7 @@ an outlier that no earlier step foresaw, and delayed scaling answers wrongly twi
 amax stays in the history, and whatever is small beside it is flushed to zero for as long as the history is.
 
 What is INDUCED here, instead of waiting for it: the model is trained in BF16 for a while, as it is. Then the first
-feature of each layer gets parallel gate and up rows (in length hundreds of others), along the direction that ordinary
+feature of each of the first two layers gets parallel gate and up rows (in length hundreds of others), along the direction that ordinary
 text uses least in the residual stream; what is left of it there is taken out of the weights that write into the stream.
 One token that ordinary text does not have is embedded along it, so that z = --outlier for that token. The feature's
 column of w2 is so short that what it adds is as long as the stream is, which every arm can carry. The token is in one
@@ -50,7 +51,7 @@ from titan_fp8.model.decoder import Decoder
 
 RARE = 256  # the token; text is bytes
 SEED = 0
-COLORS = {"bf16": "#666666", "fp8": "#D55E00", "fp8 smooth": "#0072B2"}
+COLORS = {"bf16": "#666666", "fp8": "#D55E00", "fp8 smooth": "#0072B2", "fp8 smooth dynamic": "#009E73"}
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,9 @@ class Size(Shape):
     """The arms' step whose batch has the rare token."""
     lr: float
     """In the warm-up; the arms, late in training, have a fifth of it."""
+    aligned: int = 2
+    """Layers, from the first, that get an aligned feature. Further down the token's direction is small in the stream, so rows
+    must be thousands of times as long as others, and ordinary text finds them too."""
 
 
 SIZES = {
@@ -74,6 +78,7 @@ ARMS: dict[str, tuple[str, Fp8]] = {
     "bf16": ("swiglu", Fp8(recipe="bf16")),
     "fp8": ("swiglu", Fp8()),
     "fp8 smooth": ("smooth_swiglu", Fp8()),
+    "fp8 smooth dynamic": ("smooth_swiglu", Fp8(smooth_scale="channel_dynamic")),
 }
 
 
@@ -139,13 +144,13 @@ def free_direction(model: Decoder, text: Text) -> Tensor:
 
 @torch.no_grad()
 def align(model: Decoder, text: Text, outlier: float) -> list[dict[str, float]]:
-    """Give the first feature of each layer its parallel rows, along `free_direction`. Returns what was reached, by layer."""
+    """Give the first feature of layers its parallel rows, along `free_direction`. Returns what was reached, by layer."""
     unused = free_direction(model, text)
     ordinary = torch.cat([text.batch(-1 - i)[0] for i in range(4)])
     special = text.batch(-1, event=True)[0]
     rare = (special == RARE).flatten()
     reached = []
-    for i, block in enumerate(model.layers.values()):
+    for i, block in enumerate(list(model.layers.values())[: text.shape.aligned]):
         ffn = block.feed_forward
         stream, others = feed_forward_inputs(model, ordinary)[i]
         x = feed_forward_inputs(model, special)[i][1][rare]
@@ -225,7 +230,7 @@ def run(size: Size, outlier: float, device: torch.device) -> dict[str, Any]:
             "saturation": saturation,
         }  # fmt: skip
         row = summary(arms[name], size.event)
-        print(f"{name:11s} {time.perf_counter() - began:6.1f} s   " + words(row), flush=True)
+        print(f"{name:18s} {time.perf_counter() - began:6.1f} s   " + words(row), flush=True)
     return {
         "size": asdict(size), "outlier": outlier, "device": device_name(device), "torch": torch.__version__,
         "warm_up_losses": torch.stack(warm).tolist(), "aligned": reached, "arms": arms,
@@ -289,7 +294,7 @@ def draw(result: dict[str, Any], out: Path) -> None:
         axes[1].axhline(1.0, color="#333333", linewidth=0.8)
         axes[2].set(title="Share of z on ordinary text that its cast makes zero", ylim=(0, 1))
         axes[3].set(
-            title="|cosine| of a feature's gate and up rows (induced in one of each layer)",
+            title="|cosine| of a feature's gate and up rows (induced in one of each of the first layers)",
             xlabel="Step",
             ylim=(0, 1.05),
         )
