@@ -15,11 +15,12 @@ an outlier that no earlier step foresaw, and delayed scaling answers wrongly twi
 amax stays in the history, and whatever is small beside it is flushed to zero for as long as the history is.
 
 What is INDUCED here, instead of waiting for it: the model is trained in BF16 for a while, as it is. Then the first
-feature of each of the first two layers gets parallel gate and up rows (in length hundreds of others), along the direction that ordinary
-text uses least in the residual stream; what is left of it there is taken out of the weights that write into the stream.
-One token that ordinary text does not have is embedded along it, so that z = --outlier for that token. The feature's
-column of w2 is so short that what it adds is as long as the stream is, which every arm can carry. The token is in one
-batch only, once in each sequence, at the step marked in the picture; how well it is predicted does not count in the loss.
+feature of each of the first two layers gets parallel gate and up rows (in length hundreds of others), along the
+direction that ordinary text uses least in the residual stream; what is left of it there is taken out of the weights that
+write into the stream. One token that ordinary text does not have is embedded along it, so that z = --outlier for that
+token. The feature's column of w2 is so short that what it adds is as long as the stream is, which every arm can carry.
+The token is in one batch only, once in each sequence, at the step marked in the picture; how well it is predicted does
+not count in the loss.
 What is NATURAL: all else. Text (Python's own library, bytes), every other weight, optimizer, learning rate (a fifth of
 the warm-up's), the scales, their history (1024 steps, as in both papers), and whatever the arms make of that batch and
 the next.
@@ -65,7 +66,7 @@ class Size(Shape):
     lr: float
     """In the warm-up; the arms, late in training, have a fifth of it."""
     aligned: int = 2
-    """Layers, from the first, that get an aligned feature. Further down the token's direction is small in the stream, so rows
+    """Layers, from the first, that get an aligned feature. Further down the token's direction is small in the stream: rows
     must be thousands of times as long as others, and ordinary text finds them too."""
 
 

@@ -10,6 +10,7 @@ A study is a TOML file; flags are those of run_train.sh, as "section.key" or as 
     title = "What it asks"
     config = "train_configs/debug.toml"   all runs start from it; relative to the repository
     baseline = "llama bf16"               the arm that others are compared with
+    pairs = [["fog fp8", "fog bf16"]]     arms that are compared with another one too
     seeds = [1, 2, 3]                     of each arm
     keep = ["lr", "statistics.amax"]      what of a logged step stays in results/ beside tokens and loss; left out: all
 
@@ -115,6 +116,7 @@ class Study:
     text: str
     config: Path
     baseline: str
+    pairs: list[list[str]]
     keep: tuple[str, ...]
     runs: list[Run]
 
@@ -159,9 +161,9 @@ def load(path: Path) -> Study:
     for name in content.keys() - {"study", "flags", "arms"}:
         raise UserError(f"{path} must have [study], [flags] and [arms] only, got [{name}]: rename it")
     about, arms = content.get("study", {}), content.get("arms", {})
-    for key in about.keys() - {"title", "text", "config", "baseline", "seeds", "keep"}:
+    for key in about.keys() - {"title", "text", "config", "baseline", "pairs", "seeds", "keep"}:
         raise UserError(
-            f"{path} [study] must have title, text, config, baseline, seeds, keep only, got {key}: rename it"
+            f"{path} [study] must have title, text, config, baseline, pairs, seeds, keep only, got {key}: rename it"
         )
     seeds = about.get("seeds", [1])
     if not arms or not all(isinstance(flags, dict) for flags in arms.values()):
@@ -175,6 +177,12 @@ def load(path: Path) -> Study:
         raise UserError(
             f"{path} baseline must be one of the arms, got {baseline!r}: choose of {', '.join(arms)}"
         )
+    pairs = about.get("pairs", [])
+    for pair in pairs:
+        if not isinstance(pair, list) or len(pair) != 2 or not set(pair) <= set(arms):
+            raise UserError(
+                f"{path} pairs must be lists of two arms, got {pair}: choose of {', '.join(arms)}"
+            )
     if len({slug(arm) for arm in arms}) < len(arms) or any("," in arm for arm in arms):
         raise UserError(
             f"{path} arms must differ in letters and digits and have no commas, got {list(arms)}: rename some"
@@ -188,9 +196,8 @@ def load(path: Path) -> Study:
             result = folder / "results" / f"{name}.jsonl.gz"
             runs.append(Run(arm, seed, folder / "runs" / name, result, all_flags))
     config = ROOT / about.get("config", "train_configs/debug.toml")
-    return Study(
-        path, about.get("title", path.stem), about.get("text", ""), config, baseline, tuple(about.get("keep", ())), runs
-    )  # fmt: skip
+    title, text, keep = about.get("title", path.stem), about.get("text", ""), tuple(about.get("keep", ()))
+    return Study(path, title, text, config, baseline, pairs, keep, runs)
 
 
 def choose(study: Study, arms: str | None, seeds: str | None) -> list[Run]:
@@ -434,9 +441,7 @@ def read_arm(name: str, runs: list[Run]) -> Arm:
             arm.diverged[run.seed] = train[off]["step"]
         elif outcome["status"] != "finished":
             arm.early[run.seed] = outcome["step"]
-        held_out = [
-            row["loss"] for row in rows if row["kind"] == "validation" and row.get("loss") is not None
-        ]
+        held_out = [row["validation_loss"] for row in rows if row.get("validation_loss") is not None]
         arm.validated &= bool(held_out)
         last = held_out[-1] if held_out else float(losses[-50:].mean())
         if run.seed not in arm.early:
@@ -456,6 +461,13 @@ def gap(arm: Arm, baseline: Arm) -> tuple[float, float | None] | None:
     return statistics.mean(gaps), error
 
 
+def words(gap: tuple[float, float | None] | None) -> str:
+    if gap is None:
+        return "-"
+    mean, error = gap
+    return f"{mean:+.2f} %" + (f" ± {error:.2f}" if error is not None else "")
+
+
 def table(arms: list[Arm], baseline: Arm) -> Iterator[str]:
     """Lines of Markdown."""
     yield "| arm | runs | tokens | loss | over the baseline | before the end | tokens/s | GPU hours |"
@@ -465,10 +477,7 @@ def table(arms: list[Arm], baseline: Arm) -> Iterator[str]:
         loss = f"{statistics.mean(finite):.4f}" if finite else "-"
         if len(finite) > 1:
             loss += f" ± {statistics.stdev(finite):.4f}"
-        found = gap(arm, baseline)
-        over = "-" if found is None or arm is baseline else f"{found[0]:+.2f} %"
-        if found and found[1] is not None and arm is not baseline:
-            over += f" ± {found[1]:.2f}"
+        over = "-" if arm is baseline else words(gap(arm, baseline))
         ends = [f"seed {seed} diverged at {step}" for seed, step in arm.diverged.items()]
         ends += [f"seed {seed} ended at {step}" for seed, step in arm.early.items()]
         speed = f"{statistics.median(arm.speeds):,.0f}" if arm.speeds else "-"
@@ -514,7 +523,7 @@ def draw(study: Study, arms: list[Arm], baseline: Arm, out: Path) -> None:
         rows_of_panels = 1 + (math.ceil(len(sites) / 3) if with_sites else 0)
         figure = plt.figure(figsize=(11, 4.2 + 2.1 * (rows_of_panels - 1)), layout="constrained")
         grid = figure.add_gridspec(rows_of_panels, 6, height_ratios=[2.0, *[1.0] * (rows_of_panels - 1)])
-        timed = all(arm.speeds for arm in arms)
+        timed = [arm for arm in arms if arm.speeds]
         width = 2 if timed else 3
         left, right = figure.add_subplot(grid[0, :width]), figure.add_subplot(grid[0, width : 2 * width])
         for i, arm in enumerate(arms):
@@ -535,13 +544,16 @@ def draw(study: Study, arms: list[Arm], baseline: Arm, out: Path) -> None:
         left.set(title="Training loss, smoothed", xlabel="Tokens (millions)")
         right.set(title=f"Loss over {baseline.name} (%)", xlabel="Tokens (millions)", ylim=(-6, 6))
         right.axhline(0.0, color="#333333", linewidth=0.8)
-        if timed:  # every run had its GPU alone
+        if timed:
             axis = figure.add_subplot(grid[0, 4:], sharey=left)
             for i, arm in enumerate(arms):
-                for rows, speed in zip(arm.train, arm.speeds, strict=True):
+                for rows in arm.train if arm in timed else ():
                     x, y = curve(rows)
-                    axis.plot([1e6 * tokens / speed for tokens in x], y, color=colors[i % 20], linewidth=0.9)
-            axis.set(title="Training loss, smoothed", xlabel="GPU seconds")
+                    seconds = [1e6 * tokens / statistics.median(arm.speeds) for tokens in x]
+                    axis.plot(seconds, y, color=colors[i % 20], linewidth=0.9)
+            axis.set(
+                title="The same, of arms timed alone on a GPU", xlabel="GPU seconds, by the tokens per second"
+            )
         handles, labels = left.get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8)
         for k, site in enumerate(sites if with_sites else ()):
@@ -609,6 +621,10 @@ def report(studies: list[Study], out: Path | None) -> str:
             "",
             f"Baseline: {baseline.name}. {ended} of {len(study.runs)} runs have ended.",
         ]
+        by_name = {arm.name: arm for arm in arms}
+        for name, other in study.pairs:
+            if name in by_name and other in by_name:
+                lines += [f"{name} over {other}: {words(gap(by_name[name], by_name[other]))}."]
         if not all(arm.validated for arm in arms):
             lines += ["No validation: losses are of training."]
         lines += [

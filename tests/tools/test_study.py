@@ -19,13 +19,14 @@ TINY = """
 title = "A test"
 text = "What it asks."
 baseline = "wide"
+pairs = [["FOG full", "wide"]]
 keep = ["tokens", "loss", "statistics.kurtosis"]
 
 [flags]
 training = { steps = 6, seq_len = 32, local_batch_size = 4 }
 metrics = { log_freq = 1, enable_tensorboard = false }
 architecture.n_layers = 1
-validation.enable = false
+validation = { enable = true, freq = 3, steps = 1, seq_len = 32, local_batch_size = 4 }
 prometheus.enable = false
 checkpoint.interval = 2
 
@@ -61,6 +62,7 @@ def test_flags_of_a_run_are_the_common_ones_and_its_own(tiny):
         (('keep = ["', 'kept = ["'), "got kept: rename it"),
         (("[flags]", "[flag]"), r"got \[flag\]"),
         (('text = "', "text = "), "mend it"),
+        (('"FOG full", "wide"', '"FOG full", "narrow"'), r"two arms, got \['FOG full', 'narrow'\]"),
         (('title = "A test"', "seeds = [1, -2]"), "seeds must be whole numbers"),
         (('"FOG full"', '"WIDE!"'), "arms must differ"),
     ],
@@ -125,6 +127,11 @@ def test_runs_stop_go_on_and_are_reported(tiny, tmp_path, capsys):
     assert study.main(["report", str(tiny), "--out", str(tmp_path / "STUDY.md")]) == 0
     text = (tmp_path / "STUDY.md").read_text()
     assert "## A test" in text and "What it asks." in text and "| FOG full | 1 | 0.0 M |" in text
+    arms = [study.read_arm(name, loaded.runs) for name in loaded.arms]
+    for arm, run in zip(arms, loaded.runs, strict=True):
+        (held_out,) = [row for row in study.rows_of(run) if row["kind"] == "validation" and row["step"] == 6]
+        assert arm.validated and arm.losses == {1: held_out["validation_loss"]}
+    assert "FOG full over wide: " in text and "No validation" not in text
     assert (loaded.folder / "curves.png").stat().st_size > 10_000
     other = tmp_path / "other.toml"
     other.write_text(TINY.replace("A test", "Another"))
