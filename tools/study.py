@@ -538,8 +538,8 @@ def draw(study: Study, arms: list[Arm], baseline: Arm, out: Path) -> None:
                 label = arm.name if j == 0 else None
                 gaps = [100 * (u / v - 1) for u, v in zip(a, b, strict=False)]
                 right.plot(x[: len(gaps)], gaps, color=colors[i % 20], linewidth=0.9, label=label)
-        last = [loss for arm in arms for loss in arm.losses.values() if math.isfinite(loss)]
-        if last:
+        last = [curve(rows)[1][-1] for arm in arms for rows in arm.train if rows]
+        if last := [loss for loss in last if math.isfinite(loss)]:
             left.set_ylim(min(last) * 0.97, max(last) * 1.35)
         left.set(title="Training loss, smoothed", xlabel="Tokens (millions)")
         right.set(title=f"Loss over {baseline.name} (%)", xlabel="Tokens (millions)", ylim=(-6, 6))
