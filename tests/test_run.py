@@ -230,8 +230,8 @@ ADDED = {
     "python tools/plan.py train_configs/fog_8b.toml --gpus 256 --tp 2": "",
     "NNODES=2 RDZV_ENDPOINT=node0:29500 MAX_RESTARTS=3 bash run_train.sh": None,  # test_launch.py, two at once
     "python tools/export_hf.py --config train_configs/debug.toml --checkpoint outputs/debug/checkpoint/step-200 --out exported": "",  # noqa: E501
-    'python tools/benchmark.py --model 8b-slice --rounds 4 --steps 4 --variants "torchtitan bf16,torchao tensorwise,'
-    'llama fp8 linears,fog_max fp8 full + adam16,fog_max fp8 full + head + adam"': None,  # minutes of an H100
+    'python tools/benchmark.py --model 8b-slice --rounds 5 --steps 5 --variants "torchtitan bf16,torchao tensorwise,'
+    'llama fp8 linears,fog_max fp8 full + adam16,fog_max fp8 full + head + adam"': None,  # minutes of an H200
     "python tools/downstream/build_tasks.py --path english.val.jsonl.xz --out tasks/english": None,  # test_build_tasks.py,
     "lm_eval --model hf --model_args pretrained=exported,trust_remote_code=True,add_bos_token=False,"
     "softmax_dtype=float32 --include_path tasks --tasks english_cloze,english_bits_per_byte": None,  # where lm-eval is
