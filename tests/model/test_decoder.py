@@ -242,7 +242,8 @@ def test_tied_embeddings_are_one_parameter(make_args, make_model, tokens):
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_the_loss_is_that_of_the_logits(make_args, make_model, tokens, tied):
-    """The same GEMMs in float32, the softmax's sums in another order: agreement to a few roundings."""
+    """The same GEMMs in float32, the softmax's sums in another order: agreement to a few roundings. An activation's slope is
+    one number, the sum of thousands of either sign, so its roundings are those of larger numbers."""
     labels = tokens.roll(-1, 1).masked_fill(tokens % 5 == 0, IGNORE_INDEX)
     plain, ours = (make_model(make_args(tie_embeddings=tied)) for _ in range(2))
     expected = F.cross_entropy(plain(tokens).flatten(0, 1), labels.flatten(), reduction="sum")
@@ -251,7 +252,8 @@ def test_the_loss_is_that_of_the_logits(make_args, make_model, tokens, tied):
     expected.backward()
     loss.backward()
     for (name, p), q in zip(ours.named_parameters(), plain.parameters(), strict=True):
-        assert (p.grad - q.grad).norm() < 1e-5 * q.grad.norm(), name
+        tolerance = 1e-3 if p.numel() == 1 else 1e-5
+        assert (p.grad - q.grad).norm() < tolerance * q.grad.norm(), name
 
 
 # ---- Invariants ----
