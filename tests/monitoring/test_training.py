@@ -18,7 +18,8 @@ FLAGS = {
     "job.config_file": "train_configs/debug.toml", "architecture.preset": "llama", "architecture.n_layers": 2,
     "training.seq_len": 32, "training.local_batch_size": 8, "training.steps": 200, "training.max_norm": 1e6,
     "optimizer.lr": 2.0, "debug.seed": 1, "lr_scheduler.warmup_steps": 300, "metrics.log_freq": 1,
-    "validation.enable": "false", "checkpoint.enable": "false", "metrics.enable_tensorboard": "false", "prometheus.next_free_port": "false",
+    "validation.enable": "false", "checkpoint.enable": "false", "metrics.enable_tensorboard": "false",
+    "prometheus.next_free_port": "false",
 }  # fmt: skip
 
 # Real steps take minutes, these milliseconds. So that what Prometheus sees does not depend on how fast this machine is, the
