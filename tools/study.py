@@ -161,10 +161,9 @@ def load(path: Path) -> Study:
     for name in content.keys() - {"study", "flags", "arms"}:
         raise UserError(f"{path} must have [study], [flags] and [arms] only, got [{name}]: rename it")
     about, arms = content.get("study", {}), content.get("arms", {})
-    for key in about.keys() - {"title", "text", "config", "baseline", "pairs", "seeds", "keep"}:
-        raise UserError(
-            f"{path} [study] must have title, text, config, baseline, pairs, seeds, keep only, got {key}: rename it"
-        )
+    known = ("title", "text", "config", "baseline", "pairs", "seeds", "keep")
+    for key in about.keys() - set(known):
+        raise UserError(f"{path} [study] must have {', '.join(known)} only, got {key}: rename it")
     seeds = about.get("seeds", [1])
     if not arms or not all(isinstance(flags, dict) for flags in arms.values()):
         raise UserError(
@@ -409,12 +408,12 @@ class Arm:
         return max((rows[-1].get("tokens", 0) for rows in self.train if rows), default=0)
 
     @property
-    def speeds(self) -> list[float]:
-        """Tokens per second of the runs that had their GPU alone: the median over the later half."""
+    def speed(self) -> float | None:
+        """Tokens per second of the runs that had their GPU alone, the median of each one's later half; None: no run had."""
         alone = [
             rows for rows, outcome in zip(self.train, self.outcomes, strict=True) if outcome["jobs"] == 1
         ]
-        return [
+        speeds = [
             statistics.median(found)
             for rows in alone
             if (
@@ -423,6 +422,7 @@ class Arm:
                 ]
             )
         ]
+        return statistics.median(speeds) if speeds else None
 
 
 def read_arm(name: str, runs: list[Run]) -> Arm:
@@ -461,10 +461,12 @@ def gap(arm: Arm, baseline: Arm) -> tuple[float, float | None] | None:
     return statistics.mean(gaps), error
 
 
-def words(gap: tuple[float, float | None] | None) -> str:
-    if gap is None:
+def over(arm: Arm, baseline: Arm) -> str:
+    """`gap` as the report tells it."""
+    found = gap(arm, baseline)
+    if found is None:
         return "-"
-    mean, error = gap
+    mean, error = found
     return f"{mean:+.2f} %" + (f" ± {error:.2f}" if error is not None else "")
 
 
@@ -477,17 +479,16 @@ def table(arms: list[Arm], baseline: Arm) -> Iterator[str]:
         loss = f"{statistics.mean(finite):.4f}" if finite else "-"
         if len(finite) > 1:
             loss += f" ± {statistics.stdev(finite):.4f}"
-        over = "-" if arm is baseline else words(gap(arm, baseline))
         ends = [f"seed {seed} diverged at {step}" for seed, step in arm.diverged.items()]
         ends += [f"seed {seed} ended at {step}" for seed, step in arm.early.items()]
-        speed = f"{statistics.median(arm.speeds):,.0f}" if arm.speeds else "-"
+        speed = f"{arm.speed:,.0f}" if arm.speed else "-"
         hours = sum(outcome["seconds"] / outcome["jobs"] for outcome in arm.outcomes) / 3600
         cells = (
             arm.name,
             len(arm.runs),
             f"{arm.tokens / 1e6:.1f} M",
             loss,
-            over,
+            "-" if arm is baseline else over(arm, baseline),
             ", ".join(ends) or "-",
             speed,
             f"{hours:.2f}",
@@ -523,14 +524,15 @@ def draw(study: Study, arms: list[Arm], baseline: Arm, out: Path) -> None:
         rows_of_panels = 1 + (math.ceil(len(sites) / 3) if with_sites else 0)
         figure = plt.figure(figsize=(11, 4.2 + 2.1 * (rows_of_panels - 1)), layout="constrained")
         grid = figure.add_gridspec(rows_of_panels, 6, height_ratios=[2.0, *[1.0] * (rows_of_panels - 1)])
-        timed = [arm for arm in arms if arm.speeds]
-        width = 2 if timed else 3
+        speeds = [arm.speed for arm in arms]
+        width = 2 if any(speeds) else 3
         left, right = figure.add_subplot(grid[0, :width]), figure.add_subplot(grid[0, width : 2 * width])
+        ends = []
         for i, arm in enumerate(arms):
             for j, rows in enumerate(arm.train):
-                left.plot(
-                    *curve(rows), color=colors[i % 20], linewidth=0.9, label=arm.name if j == 0 else None
-                )
+                x, y = curve(rows)
+                left.plot(x, y, color=colors[i % 20], linewidth=0.9, label=arm.name if j == 0 else None)
+                ends += [loss for loss in y[-1:] if math.isfinite(loss)]
             by_seed = dict(zip([run.seed for run in arm.runs], arm.train, strict=True))
             base = dict(zip([run.seed for run in baseline.runs], baseline.train, strict=True))
             for j, seed in enumerate(seed for seed in by_seed if seed in base and arm is not baseline):
@@ -538,19 +540,17 @@ def draw(study: Study, arms: list[Arm], baseline: Arm, out: Path) -> None:
                 label = arm.name if j == 0 else None
                 gaps = [100 * (u / v - 1) for u, v in zip(a, b, strict=False)]
                 right.plot(x[: len(gaps)], gaps, color=colors[i % 20], linewidth=0.9, label=label)
-        last = [curve(rows)[1][-1] for arm in arms for rows in arm.train if rows]
-        if last := [loss for loss in last if math.isfinite(loss)]:
-            left.set_ylim(min(last) * 0.97, max(last) * 1.35)
+        if ends:
+            left.set_ylim(min(ends) * 0.97, max(ends) * 1.35)
         left.set(title="Training loss, smoothed", xlabel="Tokens (millions)")
         right.set(title=f"Loss over {baseline.name} (%)", xlabel="Tokens (millions)", ylim=(-6, 6))
         right.axhline(0.0, color="#333333", linewidth=0.8)
-        if timed:
+        if any(speeds):
             axis = figure.add_subplot(grid[0, 4:], sharey=left)
-            for i, arm in enumerate(arms):
-                for rows in arm.train if arm in timed else ():
+            for i, (arm, speed) in enumerate(zip(arms, speeds, strict=True)):
+                for rows in arm.train if speed else ():
                     x, y = curve(rows)
-                    seconds = [1e6 * tokens / statistics.median(arm.speeds) for tokens in x]
-                    axis.plot(seconds, y, color=colors[i % 20], linewidth=0.9)
+                    axis.plot([1e6 * tokens / speed for tokens in x], y, color=colors[i % 20], linewidth=0.9)
             axis.set(
                 title="The same, of arms timed alone on a GPU", xlabel="GPU seconds, by the tokens per second"
             )
@@ -624,7 +624,7 @@ def report(studies: list[Study], out: Path | None) -> str:
         by_name = {arm.name: arm for arm in arms}
         for name, other in study.pairs:
             if name in by_name and other in by_name:
-                lines += [f"{name} over {other}: {words(gap(by_name[name], by_name[other]))}."]
+                lines += [f"{name} over {other}: {over(by_name[name], by_name[other])}."]
         if not all(arm.validated for arm in arms):
             lines += ["No validation: losses are of training."]
         lines += [

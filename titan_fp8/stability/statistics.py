@@ -215,11 +215,11 @@ class Statistics:
         self._tell_weights(table)
         if self.scaling is not None:
             table.seek(len(sums) + len(maxima))
+            names, weights = self.scaling.names, self.scaling.weights
+            jumps = np.array([name not in weights for name in names], bool)
             for statistic in ("headroom", "amax_jump"):
-                values = table.take(len(self.scaling.names))
-                names = self.scaling.names
-                there = [name not in self.scaling.weights for name in names] & ~np.isnan(values)
-                table.put(names, statistic, values, there)
+                values = table.take(len(names))
+                table.put(names, statistic, values, jumps & ~np.isnan(values))
         return table.found
 
     def _reduced(self) -> tuple[Tensor, Tensor]:
@@ -329,16 +329,12 @@ class _Table:
         self.position = position
 
     def put(
-        self, sites: list[str], statistic: str, values: np.ndarray, there: np.ndarray | None = None
+        self, sites: list[str], statistic: str, values: np.ndarray, there: np.ndarray | bool = True
     ) -> None:
         """The values of those that are `there`; one that is not finite is an event, and no value."""
         finite = np.isfinite(values)
-        if there is not None:
-            self.count(sites, there & ~finite)
-            finite &= there
-        else:
-            self.count(sites, ~finite)
-        at = finite.nonzero()[0].tolist()
+        self.count(sites, there & ~finite)
+        at = (there & finite).nonzero()[0].tolist()
         # All in one go: a call for each would be most of the time.
         digits = f"%.{DIGITS}g " * len(at) % tuple(values[at])
         for i, value in zip(at, map(float, digits.split()), strict=True):
