@@ -13,8 +13,10 @@
               dgate = dz up s (1 + gate (1 - s))          dup = dz gate s                  dh = [dgate | dup]
 
 Smooth-SwiGLU is swiglu with `channels`, a scale for each feature i (arXiv 2409.12517, section 4), constant to autograd. z
-then leaves as c_i z_i, and dz arrives as the gradient of that: it is multiplied by c_i. The backward takes, on the way, the
-amax of each z_i that later steps scale it by; it sees taller stretches of a column than the forward does.
+then leaves as c_i z_i, and dz arrives as the gradient of that: it is multiplied by c_i, and is 0 where the cast clipped z, as
+the derivative there is. (Let through, the gradient of a feature that came 10^4 times beyond its scale was 10^4 times too
+large: nothing in the forward pass had answered to it.) The backward takes, on the way, the amax of each z_i that later steps
+scale it by; it sees taller stretches of a column than the forward does.
 
 s is the logistic function. Shapes: h [M, N], z and dz [M, F]; N = F, for swiglu N = 2 F. alphas = (alpha_p, alpha_n) [2]
 float32; channels [F] float32. All arithmetic is float32 and goes to FP8 without a rounding to 16 bits in between. The
@@ -43,6 +45,7 @@ KINDS = ("xielu", "gelu", "swiglu")
 _BETA, _EPS = tl.constexpr(0.5), tl.constexpr(-1e-6)
 _GELU_1, _GELU_3 = tl.constexpr(1.5957691216057308), tl.constexpr(0.07135481282553182)
 _LOG2_E = tl.constexpr(1.4426950408889634)
+_CLIPPED = tl.constexpr(464.0)  # what is larger does not round to E4M3's 448, but is clipped to it
 
 
 def _sizes(h: Tensor, kind: str) -> tuple[int, int, int]:
@@ -111,7 +114,8 @@ def reference_backward(
     if record and z_seen is not None:
         z_seen.copy_(torch.maximum(z_seen, z.abs().amax(0)))
     if channels is not None:
-        z, dz = z * channels, dz.float() * channels
+        z = z * channels
+        dz = torch.where((z * z_scale).abs() > _CLIPPED.value, 0.0, dz.float() * channels)
     dh, dalphas = _gradient(dz, h, alphas, kind)
     if record:
         fold_amax(dh_seen, dh)
@@ -243,8 +247,6 @@ def _backward_kernel(
     dhs, dups, zs = (), (), ()
     for i in tl.static_range(4):
         h, dz = hs[i].to(tl.float32), dzs[i].to(tl.float32)
-        if CHANNELS:
-            dz *= channels
         dh_at = dh_ptr + (4 * quads + i)[:, None] * width + columns[None, :]
         if KIND == "xielu":
             alpha, b, em1 = _xielu_parts(h, alphas_ptr)
@@ -261,6 +263,9 @@ def _backward_kernel(
             s = _logistic(-_LOG2_E * h)
             swish = h * s
             z = swish * up
+            if CHANNELS:
+                # Written so that NaN is not hidden.
+                dz = tl.where(tl.abs(z * channels * z_scale) > _CLIPPED, 0.0, dz * channels)
             dh = dz * up * tl.fma(swish, 1.0 - s, s)
             dup = dz * swish
             if RECORD:
