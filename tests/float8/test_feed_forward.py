@@ -191,6 +191,37 @@ def test_a_feature_that_jumps(fp8, way):
     assert error > 0.5 if way == "by tensor" else error < 0.1
 
 
+def test_a_clipped_feature_has_no_gradient(fp8):
+    """A feature comes up to 200 times beyond its scale. Its rows of w1 and w3 learn only from where it is not clipped;
+    let through, the gradient would be larger by orders, for nothing in y had answered to it."""
+    ffn, state = make("smooth_swiglu")
+    for seed in range(3):
+        step(ffn, draw(seed), draw(seed + 1))
+        state.update()
+    with torch.no_grad():
+        ffn.w1.weight[5] *= 300.0
+        ffn.w3.weight[5] *= 300.0
+    state.scale_weights()
+    state.use_current(["dh"])  # its delayed scale would clip what is to be compared
+    x, dy = draw(9), draw(10)
+    x[M // 2 :] *= 0.02  # far from being clipped
+    gate, up = (x @ w.weight[5].detach() for w in (ffn.w1, ffn.w3))
+    z = swiglu(gate.requires_grad_(), up.requires_grad_())
+    clipped = (z.detach() * state.channel_scale[0, 5]).abs() > 464
+    assert 0 < clipped.sum() < M and (z * state.channel_scale[0, 5]).max() > 464e2
+    dz = dy @ ffn.w2.weight[:, 5].detach()
+    for through in (False, True):
+        gates = torch.autograd.grad(
+            z, (gate, up), dz if through else dz.where(~clipped, 0.0), retain_graph=True
+        )
+        expected = [g @ x for g in gates]
+        got = step(ffn, x, dy)
+        sizes = [
+            got[f"{name}.weight"][5].norm() / e.norm() for name, e in zip(("w1", "w3"), expected, strict=True)
+        ]
+        assert all(size < 0.1 if through else 0.5 < size < 2 for size in sizes), (through, sizes)
+
+
 def test_a_tensor_scaled_by_itself_keeps_its_features_scales(fp8):
     """`use_current` on top: what 64 times headroom does not hold is not clipped either."""
     errors = []

@@ -10,7 +10,8 @@ backward: x8 transposed (a byte per element) and h (two). x, z, dh, dy have dela
 
 Smooth-SwiGLU (arXiv 2409.12517, section 4): z8 = cast(z_i s_i), w2_8 = cast(w2_i / s_i) by features i, s constant to
 autograd. The GEMMs do not know of it. The activation's kernel multiplies z, and dz on its way back, by s; the cast of w2
-divides by it; dw2 is divided by it, a pass of its own. s is known before the step (scaling.py), so w2 travels cast and
+divides by it; dw2 is divided by it, a pass of its own. Where z_i s_i is clipped, as that of a feature can be which jumps
+beyond all that earlier steps foresaw, no gradient flows. s is known before the step (scaling.py), so w2 travels cast and
 folded under FSDP2. With `dynamic` s is the call's own, which costs a pass over h, and w2 must be there in 16 bits.
 
 Tensor parallel, up is split by columns and w2 by rows (linear.py): x8 and dy8 are gathered, x8 again backward; y and dx are
@@ -35,7 +36,15 @@ from titan_fp8.tensor_parallel import (
 )
 
 from .formats import E4M3, E5M2, FP8_MAX, scale_from_amax
-from .kernels.activation import KINDS, _activation, _gradient, activate, activate_backward, channel_amax
+from .kernels.activation import (
+    KINDS,
+    _activation,
+    _gradient,
+    activate,
+    activate_backward,
+    channel_amax,
+    unless_clipped,
+)
 from .kernels.cast import cast, transpose
 from .kernels.gemm import scaled_mm
 from .kernels.moments import look, some_rows
@@ -168,7 +177,9 @@ class _Float8FeedForward(torch.autograd.Function):
             observe(dy_MK, ctx.o_dy, s_dy, E5M2, amax=ctx.a_dy)
             batch, groups = len(ctx.o_dh), 1 if tp is None else tp.size
             dz_mF, h_mN = (some_rows(x, batch, groups) for x in (dz_MF, h_MN))
-            dh_mN, _ = _gradient(dz_mF if s_F is None else dz_mF.float() * s_F, h_mN, alphas, kind)
+            if s_F is not None:
+                dz_mF = unless_clipped(dz_mF.float() * s_F, _activation(h_mN, alphas, kind) * s_F, s_z)
+            dh_mN, _ = _gradient(dz_mF, h_mN, alphas, kind)
             look(_short(dh_mN, h_MN), ctx.o_dh, groups, moments=False, cast=cast_of(s_dh, E5M2))
         up_t_KN = join(ups, s_up, True)
         dx_MK = begin_scatter(scaled_mm(dh8_MN, up_t_KN.t(), i_dh, i_up, dy_MK.dtype, fast=False), tp)

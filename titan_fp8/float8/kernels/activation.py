@@ -13,10 +13,10 @@
               dgate = dz up s (1 + gate (1 - s))          dup = dz gate s                  dh = [dgate | dup]
 
 Smooth-SwiGLU is swiglu with `channels`, a scale for each feature i (arXiv 2409.12517, section 4), constant to autograd. z
-then leaves as c_i z_i, and dz arrives as the gradient of that: it is multiplied by c_i, and is 0 where the cast clipped z, as
-the derivative there is. (Let through, the gradient of a feature that came 10^4 times beyond its scale was 10^4 times too
-large: nothing in the forward pass had answered to it.) The backward takes, on the way, the amax of each z_i that later steps
-scale it by; it sees taller stretches of a column than the forward does.
+then leaves as c_i z_i, and dz arrives as the gradient of that: it is multiplied by c_i, and is 0 where the cast clipped z,
+as the derivative there is. (Let through, the gradient of a feature 10^4 times beyond its scale was 10^4 times too large:
+nothing in the forward pass had answered to it.) The backward takes, on the way, the amax of each z_i that later steps scale
+it by; it sees taller stretches of a column than the forward does.
 
 s is the logistic function. Shapes: h [M, N], z and dz [M, F]; N = F, for swiglu N = 2 F. alphas = (alpha_p, alpha_n) [2]
 float32; channels [F] float32. All arithmetic is float32 and goes to FP8 without a rounding to 16 bits in between. The
@@ -93,6 +93,11 @@ def _gradient(dz: Tensor, h: Tensor, alphas: Tensor | None, kind: str) -> tuple[
     return dh, torch.stack((dalpha_p, torch.where(h > 0, 0.0, dz * (em1 - h)).sum()))
 
 
+def unless_clipped(dz: Tensor, z: Tensor, scale: Tensor) -> Tensor:
+    """dz, but 0 where z times `scale` is beyond E4M3. NaN is kept."""
+    return torch.where((z * scale).abs() > _CLIPPED.value, 0.0, dz)
+
+
 def reference(
     h: Tensor, alphas: Tensor | None, scale: Tensor, seen: Tensor, kind: str, record: bool,
     channels: Tensor | None = None,
@@ -115,7 +120,7 @@ def reference_backward(
         z_seen.copy_(torch.maximum(z_seen, z.abs().amax(0)))
     if channels is not None:
         z = z * channels
-        dz = torch.where((z * z_scale).abs() > _CLIPPED.value, 0.0, dz.float() * channels)
+        dz = unless_clipped(dz.float() * channels, z, z_scale)
     dh, dalphas = _gradient(dz, h, alphas, kind)
     if record:
         fold_amax(dh_seen, dh)
