@@ -25,8 +25,13 @@ def pytest_configure(config: pytest.Config) -> None:
         config.option.log_level = "INFO"
 
 
+# Minutes each: begun first, none of them is left over for one worker alone at the end.
+LONG = ("test_run.py", "test_layouts.py", "test_respond.py", "test_launch.py")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip tests marked `gpu` where there is no CUDA GPU, and say so."""
+    """Long files first; skip tests marked `gpu` where there is no CUDA GPU, and say so."""
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a CUDA GPU: torch.cuda.is_available() is False here")

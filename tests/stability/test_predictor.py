@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -23,6 +22,7 @@ from titan_fp8.stability.predictor import (
 )
 
 Z = "layers.3.feed_forward.z"
+SEED = 0  # 0 to 39 pass
 
 
 def feed(rows, predictor=None):
@@ -74,7 +74,7 @@ def test_the_lines_are_weighted_least_squares():
     Noise is white and too small to be clipped; the ridge is part of the reference. Both sum the same ~1e2 products, one by
     recursion, whose rounding the shifts amplify by at most (memory / spacing)^2 ~ 1e3: 1e-12 holds.
     """
-    rng = np.random.default_rng(int(time.time()))
+    rng = np.random.default_rng(SEED)
     par = Parameters(clip=1e9)
     steps = np.cumsum(rng.integers(1, 4, 150))
     headroom = 2 - 0.004 * steps + 0.05 * rng.normal(size=len(steps))
@@ -117,7 +117,7 @@ def test_the_interval_covers_what_comes():
     In 80 % of them the true step lies between the 10 and 90 % quantiles. The noise is itself estimated, from 160 rows worth
     40 independent ones: its deviation of 11 % moves the share by 4 %, and the binomial's is 2.3 %: 70 to 90 % is asked.
     """
-    rng = np.random.default_rng(int(time.time()))
+    rng = np.random.default_rng(SEED)
     count, series = 160, 300
     noise = np.zeros((count, series))
     for t in range(1, count):
@@ -135,7 +135,7 @@ def test_the_interval_covers_what_comes():
 
 
 def test_growth_is_foretold_and_named_before_the_limit():
-    rng = np.random.default_rng(int(time.time()))
+    rng = np.random.default_rng(SEED)
     predictions = feed(growth(rng, 420, begin=200, rate=0.02))  # 20 times the mean before: step 400
     calm = max(p.risk for p in predictions[:200])
     first = next(p for p in predictions if p.risk >= 0.5)
@@ -148,7 +148,7 @@ def test_growth_is_foretold_and_named_before_the_limit():
 
 def test_activations_that_grow_without_bound_are_a_risk_and_large_ones_are_not():
     """2^5 doubling every 20 steps from step 60 on meets 2^14 at 240; a plateau at 2^12, as large models have, is health."""
-    rng = np.random.default_rng(int(time.time()))
+    rng = np.random.default_rng(SEED)
     noise = 0.2 * rng.normal(size=(2, 260))
     bits = {"grows": 5 + np.maximum(np.arange(260) - 60, 0) / 20 + noise[0], "large": 12 + noise[1]}
     said = {
@@ -168,7 +168,7 @@ def test_activations_that_grow_without_bound_are_a_risk_and_large_ones_are_not()
 
 def test_a_plateau_becomes_health():
     """The kurtosis grows 100 times within 100 steps and stays: risk, then none once the run has known it for long."""
-    rng = np.random.default_rng(int(time.time()))
+    rng = np.random.default_rng(SEED)
     y = math.log(10) + math.log(100) * np.clip((np.arange(1200) - 200) / 100, 0, 1)
     y += 0.1 * rng.normal(size=1200)
     risks = [p.risk for p in feed((t, {"a.kurtosis": float(np.exp(v))}) for t, v in enumerate(y))]
@@ -180,7 +180,7 @@ def test_a_plateau_becomes_health():
     [("loss", math.nan), (f"{Z}.kurtosis", math.inf), (f"{Z}.anything", math.nan), (f"{Z}.nonfinite", 1.0)],
 )
 def test_a_non_finite_value_is_an_event_and_blinds_nothing(series, value):
-    rng = np.random.default_rng(int(time.time()))
+    rng = np.random.default_rng(SEED)
     rows = growth(rng, 420, begin=200, rate=0.02)
     without = [(s, {k: v for k, v in row.items() if not (s == 100 and k == series)}) for s, row in rows]
     hit = [(s, {**row, series: value} if s == 100 else row) for s, row in rows]
@@ -220,7 +220,7 @@ def test_counts_of_bad_steps_and_a_backing_off_loss_scale():
 
 def test_it_goes_on_from_its_state_exactly():
     """Through JSON, in the middle of growth, with series that stop and start around it."""
-    rng = np.random.default_rng(int(time.time()))
+    rng = np.random.default_rng(SEED)
     rows = growth(rng, 400, begin=200, rate=0.02)
     rows = [
         (s, {k: v for k, v in row.items() if rng.random() > 0.3} | ({"b.headroom": 1.0} if s > 150 else {}))
@@ -250,7 +250,7 @@ def test_state_of_another_version_is_refused():
 
 def test_order_of_keys_and_rows_in_pieces_change_nothing():
     """In place for whole rows, by index for others: the same numbers, to rounding."""
-    rng = np.random.default_rng(int(time.time()))
+    rng = np.random.default_rng(SEED)
     rows = growth(rng, 300, begin=150, rate=0.02)
     order = [(s, dict(reversed(row.items())) if s % 2 else row) for s, row in rows]
     for a, b in zip(feed(rows), feed(order), strict=True):
@@ -259,7 +259,7 @@ def test_order_of_keys_and_rows_in_pieces_change_nothing():
 
 def test_sparse_rows_tell_the_same_story():
     """A row every 10 steps is a run on a 10 times slower clock: same risks, 10 times the steps."""
-    rng = np.random.default_rng(int(time.time()))
+    rng = np.random.default_rng(SEED)
     rows = growth(rng, 330, begin=200, rate=0.02)
     dense, sparse = feed(rows), feed((10 * s, row) for s, row in rows)
     for a, b in zip(dense, sparse, strict=True):
@@ -269,7 +269,7 @@ def test_sparse_rows_tell_the_same_story():
 
 def test_one_outlier_is_no_risk_and_blinds_nothing():
     """It counts for 3 s at most, a tenth of the noise that 32 rows make: 1 to 4 rows later (8 seeds); unclipped 13 to 16."""
-    rng = np.random.default_rng(int(time.time()))
+    rng = np.random.default_rng(SEED)
     rows = growth(rng, 420, begin=200, rate=0.02)
     hit = [(s, dict(row)) for s, row in rows]
     hit[225][1]["layers.3.ffn_act.kurtosis"] *= 1e6
@@ -283,7 +283,7 @@ def test_one_outlier_is_no_risk_and_blinds_nothing():
 
 
 def test_a_rollback_and_a_long_gap():
-    rng = np.random.default_rng(int(time.time()))
+    rng = np.random.default_rng(SEED)
     rows = growth(rng, 300, begin=999, rate=0)
     back = rows[:200] + rows[150:]
     assert max(p.risk for p in feed(back)) < 0.3
@@ -292,7 +292,7 @@ def test_a_rollback_and_a_long_gap():
 
 
 def test_a_series_that_stops_loses_its_say():
-    rng = np.random.default_rng(int(time.time()))
+    rng = np.random.default_rng(SEED)
     rows = growth(rng, 360, begin=200, rate=0.02)
     rows += [(s + 360, {"loss": 3.0, "grad_norm": 1.0}) for s in range(1, 60)]
     predictions = feed(rows)
@@ -315,7 +315,7 @@ def test_risk_is_the_noisy_or_of_its_witnesses():
 
 def test_many_noisy_series_are_no_evidence():
     """They lie 0.7 bits from their limit, and the largest of 1000 trends of noise heads for it. Their number is minded."""
-    rng = np.random.default_rng(int(time.time()))
+    rng = np.random.default_rng(SEED)
     names = [f"layers.{i}.z.headroom" for i in range(1000)]
     rows = ((t, dict(zip(names, 0.5 * rng.normal(size=1000) - 0.3, strict=True))) for t in range(150))
     assert max(p.witnesses["headroom"] for p in feed(rows)) < 0.5
@@ -372,7 +372,7 @@ def test_aligned_rows_endanger_no_run_that_smooths():
 
 def test_a_loss_that_climbs_is_a_risk_where_nothing_else_is_watched():
     """It falls for 100 rows and then doubles within 60; harder data (8 % from row 60 on) is none."""
-    rng = np.random.default_rng(int(time.time()))
+    rng = np.random.default_rng(SEED)
     t = np.arange(160)
     loss = 2 + 2 * np.exp(-t / 20) + 0.02 * rng.normal(size=160)
     climb = [
