@@ -15,9 +15,10 @@ import sys
 import time
 from datetime import timedelta
 
-logging.disable(logging.WARNING)
+if __name__ == "__main__":
+    logging.disable(logging.WARNING)  # torch's, from its import on
 
-import torch.distributed as dist  # noqa: E402
+import torch.distributed as dist
 
 EARLY = 3.0  # seconds before torchrun gives up, and takes the store with it
 REMEDY = "start run_train.sh there, look at its log, or set JOIN_TIMEOUT (seconds)"
