@@ -31,7 +31,7 @@ check() {
 check "ruff check" "$PY" -m ruff check .
 check "ruff format" "$PY" -m ruff format --check .
 check "pyrefly" "$PY" -m pyrefly check titan_fp8 tools
-# Two workers, for most of a test runs on one core. A file stays with one of them, for its tests share what its fixtures trained.
+# Two workers, for most of a test runs on one core (-n 0: none). A file stays with one: its tests share what its fixtures trained.
 check "pytest" "$PY" -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=10 "$@"
 
 if [ "${#failed[@]}" -gt 0 ]; then
