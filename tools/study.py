@@ -62,6 +62,7 @@ from titan_fp8.files import save  # noqa: E402
 from titan_fp8.stability import journal  # noqa: E402
 
 GRACE = 90.0  # seconds that a run has for its checkpoint
+FAR = 20.0  # percent: an arm this far from its baseline would leave the others no room in the picture
 
 
 @dataclass(frozen=True)
@@ -527,7 +528,7 @@ def draw(study: Study, arms: list[Arm], baseline: Arm, out: Path) -> None:
         speeds = [arm.speed for arm in arms]
         width = 2 if any(speeds) else 3
         left, right = figure.add_subplot(grid[0, :width]), figure.add_subplot(grid[0, width : 2 * width])
-        ends = []
+        ends, late = [], [-1.0, 1.0]
         for i, arm in enumerate(arms):
             for j, rows in enumerate(arm.train):
                 x, y = curve(rows)
@@ -540,10 +541,12 @@ def draw(study: Study, arms: list[Arm], baseline: Arm, out: Path) -> None:
                 label = arm.name if j == 0 else None
                 gaps = [100 * (u / v - 1) for u, v in zip(a, b, strict=False)]
                 right.plot(x[: len(gaps)], gaps, color=colors[i % 20], linewidth=0.9, label=label)
+                late += [gap for gap in gaps[len(gaps) // 2 :] if abs(gap) <= FAR]
         if ends:
             left.set_ylim(min(ends) * 0.97, max(ends) * 1.35)
         left.set(title="Training loss, smoothed", xlabel="Tokens (millions)")
-        right.set(title=f"Loss over {baseline.name} (%)", xlabel="Tokens (millions)", ylim=(-6, 6))
+        right.set(title=f"Loss over {baseline.name} (%)", xlabel="Tokens (millions)")
+        right.set_ylim(min(late) * 1.1, max(late) * 1.1)  # what the second half of the runs needs
         right.axhline(0.0, color="#333333", linewidth=0.8)
         if any(speeds):
             axis = figure.add_subplot(grid[0, 4:], sharey=left)
