@@ -43,7 +43,7 @@ from .kernels.activation import (
     activate,
     activate_backward,
     channel_amax,
-    unless_clipped,
+    channel_gradient,
 )
 from .kernels.cast import cast, transpose
 from .kernels.gemm import scaled_mm
@@ -178,7 +178,7 @@ class _Float8FeedForward(torch.autograd.Function):
             batch, groups = len(ctx.o_dh), 1 if tp is None else tp.size
             dz_mF, h_mN = (some_rows(x, batch, groups) for x in (dz_MF, h_MN))
             if s_F is not None:
-                dz_mF = unless_clipped(dz_mF.float() * s_F, _activation(h_mN, alphas, kind) * s_F, s_z)
+                dz_mF = channel_gradient(dz_mF, _activation(h_mN, alphas, kind), s_F, s_z)
             dh_mN, _ = _gradient(dz_mF, h_mN, alphas, kind)
             look(_short(dh_mN, h_MN), ctx.o_dh, groups, moments=False, cast=cast_of(s_dh, E5M2))
         up_t_KN = join(ups, s_up, True)

@@ -93,9 +93,10 @@ def _gradient(dz: Tensor, h: Tensor, alphas: Tensor | None, kind: str) -> tuple[
     return dh, torch.stack((dalpha_p, torch.where(h > 0, 0.0, dz * (em1 - h)).sum()))
 
 
-def unless_clipped(dz: Tensor, z: Tensor, scale: Tensor) -> Tensor:
-    """dz, but 0 where z times `scale` is beyond E4M3. NaN is kept."""
-    return torch.where((z * scale).abs() > _CLIPPED.value, 0.0, dz)
+def channel_gradient(dz: Tensor, z: Tensor, channels: Tensor, z_scale: Tensor) -> Tensor:
+    """The gradient of z [M, F] float32 from dz, that of channels * z: 0 where the cast clipped it. NaN is kept."""
+    clipped = (z * channels * z_scale).abs() > _CLIPPED.value
+    return torch.where(clipped, 0.0, dz.float() * channels)
 
 
 def reference(
@@ -119,8 +120,8 @@ def reference_backward(
     if record and z_seen is not None:
         z_seen.copy_(torch.maximum(z_seen, z.abs().amax(0)))
     if channels is not None:
+        dz = channel_gradient(dz, z, channels, z_scale)
         z = z * channels
-        dz = unless_clipped(dz.float() * channels, z, z_scale)
     dh, dalphas = _gradient(dz, h, alphas, kind)
     if record:
         fold_amax(dh_seen, dh)
