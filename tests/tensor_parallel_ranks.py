@@ -41,7 +41,11 @@ SMOOTH = {"preset": "llama", "activation": "smooth_swiglu"}
 # (fp8, architecture, one of the four ways to run it)
 CASES: dict[str, tuple[Fp8, dict[str, Any], dict[str, Any]]] = {
     "xielu, tanh, tied": (Fp8(recipe="bf16"), {"preset": "fog_opt", "tie_embeddings": True}, {}),
-    "swiglu": (Fp8(recipe="bf16"), {"preset": "llama"}, {"mode": "selective", "compile": True}),
+    "swiglu": (
+        Fp8(recipe="bf16"),
+        {"preset": "llama", "qk_norm": "rms_gain"},
+        {"mode": "selective", "compile": True},
+    ),
     "smooth": (Fp8(recipe="bf16"), {"preset": "llama", "activation": "smooth_swiglu"}, {"mode": "full"}),
     "delayed": (DELAYED, {"preset": "fog_opt"}, {}),
     "delayed compiled": (DELAYED, {"preset": "fog_max"}, {"mode": "full", "compile": True}),

@@ -63,7 +63,7 @@ OURS = {
     ],
     "float8.head": ["loss", "float8.kernels*", "float8.scaling", "float8.formats", "tensor_parallel"],
     "float8.attention": ["float8.kernels*", "float8.scaling", "float8.formats"],
-    "float8.tensorwise": ["tensor_parallel"],
+    "float8.torchao_linear": ["tensor_parallel"],
     "float8.convert": ["float8.*", "config"],
     "stability.statistics": ["float8.kernels.cosines", "float8.kernels.moments", "probe"],
     "stability.predictor": [],

@@ -93,7 +93,7 @@ def test_resuming_takes_the_optimizers_settings_from_the_configuration(make, tmp
     assert settings() == before and trainer.lr_schedulers.schedulers[0].get_last_lr() == [1e-5]
 
 
-@pytest.mark.parametrize("recipe", ["bf16", "tensorwise", "delayed"])
+@pytest.mark.parametrize("recipe", ["bf16", "tensorwise", "rowwise", "delayed"])
 def test_every_recipe_trains(make, tmp_path, recipe):
     attention = "full" if recipe == "delayed" else "off"
     make(f"--fp8.recipe={recipe}", f"--fp8.attention={attention}", "--training.steps=12").train()

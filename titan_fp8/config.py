@@ -38,8 +38,8 @@ class Architecture:
     norm_placement: Literal["pre", "post"] | None = None
     """Normalise each branch's input (pre, Llama) or its output before the residual add (post, FOG)."""
 
-    qk_norm: Literal["rms", "tanh", "none"] | None = None
-    """Regularise q, k per head before RoPE: frozen RMS norm, tanh(alpha * q) with a scalar alpha, or none."""
+    qk_norm: Literal["rms", "rms_gain", "tanh", "none"] | None = None
+    """Regularise q, k per head before RoPE: RMS norm, frozen or with a trained gain, tanh(alpha * q), or none."""
 
     softmax_scale: float | None = None
     """Multiplies q.k before the softmax; presets: llama 1/sqrt(head_dim), FOG sqrt(2/head_dim)."""
@@ -96,8 +96,8 @@ class LossScale:
 class Fp8:
     """Which GEMMs run in FP8, and how their tensors are scaled."""
 
-    recipe: Literal["bf16", "tensorwise", "delayed"] = "delayed"
-    """bf16: no FP8; tensorwise: torchao's dynamic scaling; delayed: scales from earlier steps' amaxes."""
+    recipe: Literal["bf16", "tensorwise", "rowwise", "delayed"] = "delayed"
+    """bf16: no FP8; tensorwise, rowwise: torchao's dynamic scaling; delayed: scales from earlier steps' amaxes."""
 
     attention: Literal["off", "forward", "full"] = "off"
     """FP8 for the two GEMMs of attention forward, or also for its backward; needs recipe "delayed"."""
@@ -115,10 +115,10 @@ class Fp8:
     """Precision of the LM head's three GEMMs; fp8 needs recipe "delayed"."""
 
     all_gather: Literal["fp8", "bf16"] = "fp8"
-    """What FSDP2 gathers converted weights in: fp8 halves the bytes and changes no number (recipe "delayed")."""
+    """What FSDP2 gathers converted weights in: fp8 halves the bytes and changes no number; bf16 with "rowwise"."""
 
     smooth_scale: Literal["channel_delayed", "channel_dynamic", "token_dynamic"] = "channel_delayed"
-    """Smooth-SwiGLU's scales: one per feature, from earlier steps (free) or this one; or per token (recipe "tensorwise")."""
+    """Smooth-SwiGLU's scales: one per feature, from earlier steps (free) or this one; or per token (torchao's recipes)."""
 
     filter: list[str] = field(default_factory=lambda: ["layers.*"])
     """Globs of linear modules to convert; "!pattern" takes names out. One matching nothing is an error."""
@@ -704,7 +704,7 @@ def _broken_rules(c: Any) -> Iterator[tuple[str, str, str]]:
             'write ["layers.*"], or recipe = "bf16"',
         )
     if scale.enable and fp8.recipe == "bf16":
-        yield "fp8.loss_scale.enable", 'needs recipe "delayed" or "tensorwise", not "bf16"', "set it to false"
+        yield "fp8.loss_scale.enable", 'needs FP8, got recipe "bf16"', "set it to false"
     if c.optimizer.implementation != "fused":
         # The others cannot be told on the device to leave the weights alone when gradients are not finite.
         yield (

@@ -497,6 +497,41 @@ def table(arms: list[Arm], baseline: Arm) -> Iterator[str]:
         yield "| " + " | ".join(map(str, cells)) + " |"
 
 
+def downstream(study: Study) -> list[str]:
+    """Lines of Markdown: what tools/downstream/evaluate.py found of the study's runs; empty where it has found nothing."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for run in study.runs:
+        path = study.folder / "downstream" / f"{run.name}.json"
+        if path.exists():
+            found.setdefault(run.arm, []).append(json.loads(path.read_text()))
+    if not found:
+        return []
+
+    def mean(rows: list[dict[str, Any]], part: str, key: str) -> float:
+        return statistics.fmean(row[part][key] for row in rows)
+
+    lines = [
+        "",
+        "Downstream (lm-eval; models exported in 16 bits; bits per byte: the mean over domains; cloze: the last word of a "
+        "passage, which stood in it before, ± the standard error that its number of passages leaves):",
+        "",
+        "| arm | runs | bits per byte | cloze accuracy | cloze perplexity |",
+        "| --- | ---: | ---: | ---: | ---: |",
+    ]
+    for arm, rows in found.items():
+        cells = [arm, str(len(rows)), f"{mean(rows, 'bits_per_byte', 'mean'):.4f}", "-", "-"]
+        if all("cloze" in row for row in rows):
+            accuracy, error = (100 * mean(rows, "cloze", key) for key in ("acc", "acc_stderr"))
+            cells[3:] = [f"{accuracy:.1f} % ± {error:.1f}", f"{mean(rows, 'cloze', 'perplexity'):.2f}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    names = [name for name in next(iter(found.values()))[0]["bits_per_byte"] if name != "mean"]
+    lines += ["", f"| bits per byte | {' | '.join(found)} |", f"| --- |{' ---: |' * len(found)}"]
+    for name in sorted(names):
+        cells = [f"{mean(rows, 'bits_per_byte', name):.3f}" for rows in found.values()]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return lines
+
+
 def smooth(values: list[float], width: int) -> list[float]:
     """Running mean over the last `width` values; what is not finite counts as missing."""
     found = []
@@ -633,6 +668,7 @@ def report(studies: list[Study], out: Path | None) -> str:
         lines += [
             f"{run.name} had other flags: {changed}." for run in study.runs if (changed := run.changed())
         ]
+        lines += downstream(study)
         if out:
             lines += ["", f"![curves]({os.path.relpath(picture, out.parent)})"]
         lines += [

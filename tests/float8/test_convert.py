@@ -253,14 +253,15 @@ def test_the_converter_updates_scales_after_the_optimizer(tiny_decoder):
     converter.post_optimizer_hook(tiny_decoder())  # has no state: nothing to do
 
 
-def test_tensorwise_is_torchaos_and_trains(tiny_decoder, monkeypatch):
+@pytest.mark.parametrize("recipe", ["tensorwise", "rowwise"])
+def test_torchaos_recipes_are_its_own_and_train(tiny_decoder, monkeypatch, recipe):
     from torchao.float8.float8_linear import Float8Linear as TorchaoLinear
 
     monkeypatch.setattr(
         torch.cuda, "is_available", lambda: False
     )  # the model lies on the CPU, so torchao emulates
     model = tiny_decoder()
-    assert convert(model, Fp8(recipe="tensorwise")) == 12
+    assert convert(model, Fp8(recipe=recipe)) == 12
     assert converted(model, TorchaoLinear) == NAMES[:-1] and scaling_state(model) is None
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     losses = []
@@ -271,6 +272,29 @@ def test_tensorwise_is_torchaos_and_trains(tiny_decoder, monkeypatch):
         optimizer.zero_grad()
         losses.append(loss.item())
     assert losses[2] < losses[1] < losses[0]
+
+
+def test_rowwise_scales_rows(tiny_decoder, monkeypatch):
+    """A row 2^20 times as large leaves the others their precision; scaled as one tensor, they fall below E4M3's range."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    x = torch.randn(4, 64, generator=torch.Generator().manual_seed(0))
+    x[0] *= 2**20
+    errors = {}
+    for recipe in ("tensorwise", "rowwise"):
+        model = tiny_decoder()
+        linear = model.get_submodule("layers.0.attention.wo")
+        expected = (x.double() @ linear.weight.double().T)[1:]
+        convert(model, Fp8(recipe=recipe))
+        got = model.get_submodule("layers.0.attention.wo")(x)[1:]
+        errors[recipe] = ((got.double() - expected).norm() / expected.norm()).item()
+    # Two operands are rounded to 4 significant bits, by up to 2^-4 and on the average half of it.
+    assert errors["rowwise"] < 2**-4 and errors["tensorwise"] > 0.5, errors
+
+
+def test_rowwise_gathers_no_fp8(tiny_decoder):
+    with pytest.raises(UserError, match='all_gather must be "bf16" with recipe "rowwise" under FSDP'):
+        convert(tiny_decoder(), Fp8(recipe="rowwise"), sharded=True)
+    assert convert(tiny_decoder(), Fp8(recipe="rowwise", all_gather="bf16"), sharded=True) == 12
 
 
 def test_compiled_blocks_equal_eager_bit_for_bit(tiny_decoder):

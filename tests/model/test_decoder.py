@@ -50,8 +50,9 @@ def reference_attention(x_BSD: Tensor, w: dict[str, Tensor], args: DecoderArgs) 
         return (x_BSD @ w[f"attention.{name}.weight"].T).reshape(B, S, count, args.head_dim)
 
     q, k, v = heads("wq", args.n_heads), heads("wk", args.n_kv_heads), heads("wv", args.n_kv_heads)
-    if args.qk_norm == "rms":
-        q, k = rms_normed(q, args.norm_eps), rms_normed(k, args.norm_eps)
+    if args.qk_norm in ("rms", "rms_gain"):
+        q_gain, k_gain = (w.get(f"attention.{name}_norm.weight", 1.0) for name in "qk")
+        q, k = rms_normed(q, args.norm_eps, q_gain), rms_normed(k, args.norm_eps, k_gain)
     elif args.qk_norm == "tanh":
         q, k = (w["attention.q_norm.alpha"] * q).tanh(), (w["attention.k_norm.alpha"] * k).tanh()
     q, k = rotated(q, args.rope_theta), rotated(k, args.rope_theta)
@@ -107,6 +108,7 @@ def reference(model: Decoder, tokens_BS: Tensor) -> Tensor:
         {"preset": "llama", "activation": "smooth_swiglu", "tie_embeddings": True},
         {"preset": "llama", "qk_norm": "tanh", "softmax_scale": 0.3, "shape": {"n_kv_heads": 1}},
         {"preset": "fog_max", "qk_norm": "none", "final_norm": True, "tie_embeddings": True},
+        {"preset": "fog_flash", "qk_norm": "rms_gain"},
         {"preset": "fog_flash", "norm_placement": "pre", "shape": {"n_kv_heads": 4, "rope_theta": 10_000.0}},
         {"preset": "fog_opt", "activation": "swiglu", "input_scale": 3.0, "post_norm_gain": 0.2},
     ],

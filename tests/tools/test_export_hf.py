@@ -48,6 +48,7 @@ ARCHITECTURES = {
     "fog_max": (),
     "fog_opt": ("--architecture.preset=fog_opt", "--architecture.tie_embeddings=false"),
     "fog_flash": ("--architecture.preset=fog_flash", "--architecture.softmax_scale=0.1"),
+    "trained_gain": ("--architecture.qk_norm=rms_gain",),
     "mixed": (LLAMA, "--architecture.qk_norm=rms", "--architecture.activation=smooth_swiglu"),
     "llama": (LLAMA, "--architecture.tie_embeddings=false"),
     "llama_tied": (LLAMA, "--architecture.activation=smooth_swiglu"),

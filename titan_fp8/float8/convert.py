@@ -2,6 +2,7 @@
 
     bf16        nothing is swapped
     tensorwise  torchao's Float8Linear: every tensor scaled by its own amax, taken just before its cast
+    rowwise     the same, but every row along the summed dimension by its own, and gradients in E4M3 too
     delayed     our Float8Linear, joined where linears share an input (Float8FanOut) or an activation lies between them
                 (Float8FeedForward), and Float8Attention if `[fp8] attention` asks for it
 
@@ -10,6 +11,7 @@ Registered with torchtitan as the model converter "titan_fp8.float8".
 
 from __future__ import annotations
 
+from dataclasses import replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import Any
@@ -33,6 +35,7 @@ SCALED = (Float8Linear, Float8FanOut, Float8FeedForward, Float8Attention, Float8
 FAN_OUTS = ("wqkv", "up")  # modules that apply several linears to one input
 LOSS = "loss"  # the module that multiplies by the head's weight
 HEAD = "output"  # the LM head, if it has a weight of its own: [fp8] lm_head decides about it, not the filter
+TORCHAO = ("tensorwise", "rowwise")  # recipes that are torchao's
 STATE = "float8_state"  # name of the DelayedScaling submodule: a prefix of its keys in checkpoints
 
 
@@ -86,11 +89,16 @@ def convert(model: nn.Module, fp8: Fp8, sharded: bool = False) -> int:
                 f'{linear.out_features}: change the shape, or leave it out with [fp8] filter = [..., "!{name}"]'
             )
     gather = sharded and fp8.all_gather == "fp8"
+    if gather and fp8.recipe == "rowwise":
+        raise UserError(
+            '[fp8] all_gather must be "bf16" with recipe "rowwise" under FSDP, got "fp8": backward scales a weight along '
+            "its other dimension; write that, or another recipe"
+        )
     smooth = [m for n, m in model.named_modules() if n.endswith("feed_forward") and m.activation == SMOOTH]
     if smooth and fp8.smooth_scale != "token_dynamic":
-        if fp8.recipe == "tensorwise":
+        if fp8.recipe in TORCHAO:
             raise UserError(
-                f'[fp8] smooth_scale must be "token_dynamic" with Smooth-SwiGLU and recipe "tensorwise", got '
+                f'[fp8] smooth_scale must be "token_dynamic" with Smooth-SwiGLU and recipe "{fp8.recipe}", got '
                 f'"{fp8.smooth_scale}": write that, or change recipe'
             )
         if fp8.smooth_scale == "channel_dynamic" and gather:
@@ -98,10 +106,10 @@ def convert(model: nn.Module, fp8: Fp8, sharded: bool = False) -> int:
                 '[fp8] smooth_scale = "channel_dynamic" needs all_gather = "bf16" under FSDP, got "fp8": w2 would be cast '
                 'before its scales are known; write that, or smooth_scale = "channel_delayed"'
             )
-    if fp8.recipe == "tensorwise":
+    if fp8.recipe in TORCHAO:
         for feed_forward in smooth:
             feed_forward.by_token = True
-        _convert_tensorwise(model, set(chosen), gather)
+        _convert_torchao(model, set(chosen), fp8.recipe, gather)
     else:
         _convert_delayed(model, chosen, fp8, gather)
     logger.info(
@@ -120,13 +128,17 @@ def _check_device() -> None:
         )
 
 
-def _convert_tensorwise(model: nn.Module, names: set[str], gather: bool) -> None:
+def _convert_torchao(model: nn.Module, names: set[str], recipe: str, gather: bool) -> None:
     from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 
-    from .tensorwise import adopt
+    from .torchao_linear import adopt
 
     # On CPU torchao's own emulation: its FP8 GEMM is a reference kernel there, a thousand times slower.
-    config = Float8LinearConfig(emulate=not torch.cuda.is_available(), enable_fsdp_float8_all_gather=gather)
+    config = replace(
+        Float8LinearConfig.from_recipe_name(recipe),
+        emulate=not torch.cuda.is_available(),
+        enable_fsdp_float8_all_gather=gather,
+    )
     convert_to_float8_training(model, config=config, module_filter_fn=lambda _, name: name in names)
     adopt(model)
 

@@ -6,8 +6,8 @@
     post (FOG):    h = x + norm(Attention(x))        y = h + norm(FFN(h))       gain of norm starts at post_norm_gain
 
 Attention regularises q and k per head before RoPE, with no trained gain but tanh's one alpha (FOG, arXiv 2505.20524, section
-3): this bounds the logits. RoPE turns the two halves of a head (Hugging Face's layout), so Llama checkpoints load without
-permuting rows.
+3): this bounds the logits. ("rms_gain" trains one, as Qwen3 does, and with it the bound.) RoPE turns the two halves of a
+head (Hugging Face's layout), so Llama checkpoints load without permuting rows.
 
 Shapes: B batch, S sequence, D dim, H query heads, K kv heads, C head_dim, F hidden of the FFN, V vocabulary.
 All GEMMs of a block are Linears or inside `inner_attention`; `titan_fp8.float8.convert` swaps both, and what joins several
@@ -132,6 +132,7 @@ class ScalarTanh(nn.Module):
 def make_qk_norm(args: DecoderArgs) -> nn.Module:
     return {
         "rms": lambda: FrozenRMS(args.norm_eps),
+        "rms_gain": lambda: RMSNorm(args.head_dim, args.norm_eps),
         "tanh": ScalarTanh,
         "none": nn.Identity,
     }[args.qk_norm]()

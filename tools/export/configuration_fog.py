@@ -15,7 +15,8 @@ class FogConfig(PretrainedConfig):
     """Shape and settings of `FogForCausalLM`.
 
     norm_placement: "post" normalises each branch's output before it is added, "pre" its input.
-    qk_norm: "rms" (each head's q and k get rms 1), "tanh" (tanh(alpha q), alpha trained) or "none", before RoPE.
+    qk_norm: "rms" (each head's q and k get rms 1), "rms_gain" (and a trained gain), "tanh" (tanh(alpha q), alpha trained) or
+        "none", before RoPE.
     activation: "xielu", "gelu" (tanh form) or "swiglu" (gated: three matrices).
     softmax_scale multiplies q.k; input_scale multiplies the embeddings; final_norm: RMSNorm before the head.
     """

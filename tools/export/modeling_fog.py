@@ -91,6 +91,8 @@ class FogXIELU(nn.Module):
 def qk_regulariser(config: FogConfig) -> nn.Module:
     if config.qk_norm == "rms":
         return FogHeadRMS(config.rms_norm_eps)
+    if config.qk_norm == "rms_gain":
+        return FogRMSNorm(config.head_dim, config.rms_norm_eps)
     return FogScalarTanh() if config.qk_norm == "tanh" else nn.Identity()
 
 

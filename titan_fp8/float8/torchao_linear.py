@@ -2,7 +2,7 @@
 
 torchao's own tensor-parallel styles gather activations in FP8, after an all-reduce for each tensor's amax; gloo cannot carry
 them. Here activations travel in the compute dtype, and each rank scales its part of the weight, and of what lies between two
-split linears, by that part's own amax: at least as fine a scale as one process has, and no collective for it.
+split linears, by amaxes of that part: at least as fine a scale as one process has, and no collective for it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torchao.float8.float8_linear import Float8Linear, matmul_with_hp_or_float8_
 from titan_fp8.tensor_parallel import Ranks, local, scatter_sequence
 
 
-class TensorwiseLinear(Float8Linear):
+class TorchaoLinear(Float8Linear):
     """torchao's Float8Linear without bias; with `tp` its outputs are parts of a sum, which it scatters."""
 
     tp: Ranks | None = None
@@ -32,4 +32,4 @@ def adopt(model: nn.Module) -> None:
     for module in model.modules():
         if type(module) is Float8Linear:
             assert module.bias is None
-            module.__class__ = TensorwiseLinear
+            module.__class__ = TorchaoLinear
