@@ -6,7 +6,8 @@ Further arguments override the TOML as in training. Parameters are counted on a 
 its shapes, in the functions below, each with what it assumes. Speeds are rates that were measured inside whole training
 steps on one GPU (BENCHMARKS.md); network rates are nominal where the output says so. FSDP traffic hides behind compute as
 far as there is compute; tensor parallel's does not. Of the host's launches only the least that was measured is counted: with
-tensor parallel 2, full FP8 reached 8,123 tokens/s a GPU where this says 14,257.
+tensor parallel 2, full FP8 reached 14,132 tokens/s a GPU on two H200 where this says 14,750, and 8,123 on two H100 with a
+slower host, before launches took less.
 """
 
 from __future__ import annotations
@@ -58,9 +59,9 @@ class Gpu:
 
 
 GPUS = {
-    # Compute and memory: one H200, benchmarks/2026-11-22_h200_8b-slice_full.json and _attention.json. node_gb, network_gb:
-    # not measured; 0.8 of NVLink 4's and of one 400 Gbit/s adapter's nominal rate.
-    "h200": Gpu(139.8, 726, 1394, 425, 650, 2.6, 2.4, 360, 40),
+    # One H200, benchmarks/2026-11-30_h200_8b-slice.json and _attention.json; node_gb: what NCCL reached inside the steps of
+    # two, benchmarks/2026-12-01_h200-x2_8b_fsdp.json and _tp.json. network_gb: 0.8 of one 400 Gbit/s adapter's nominal rate.
+    "h200": Gpu(139.8, 706, 1385, 405, 650, 2.6, 1.95, 195, 40),
     # One H100, benchmarks/2026-11-25_h100_8b-slice.json and _attention.json; node_gb: what NCCL reached inside the steps of
     # two H100, benchmarks/2026-11-25_h100-x2_8b_tp.json. network_gb is nominal.
     "h100": Gpu(79.6, 726, 1394, 432, 606, 2.3, 2.0, 170, 40),
@@ -295,7 +296,10 @@ def speed(
     time = {name: value / rate.get(name.split()[0], gpu.node_gb) * 1e3 for name, value in traffic.items()}
     hidden_behind = ms["GEMMs"] + ms["attention"] + ms["elementwise and casts"]
     sharded = sum(value for name, value in time.items() if name.startswith(("FSDP", "HSDP")))
-    ms["exposed FSDP"] = max(0.0, sharded - hidden_behind)
+    # Nothing hides the gather of embedding and head before the first block, and their gradient's reduction after the last.
+    ends = params.embedding / layout.tensor * (recipe.compute + recipe.reduce) * layout.accumulate / 1e6
+    ends *= (layout.shard - 1) / layout.shard / rate["FSDP"]
+    ms["exposed FSDP"] = max(ends, sharded - hidden_behind)
     if sharded:
         # FSDP2 copies what it has gathered out of one buffer, and gradients into one; and NCCL's kernels take
         # multiprocessors from those that they hide behind.
@@ -407,7 +411,7 @@ def show(result: dict[str, Any], name: str, tokens: float) -> str:
         f"{per_gpu:,.0f} tokens/s per GPU, {per_gpu * gpus:,.0f} in all; most of a step: {max(ms, key=ms.__getitem__)}",
         f"{tokens:.3g} tokens: {tokens / (per_gpu * gpus) / 86400:,.1f} days",
     ]
-    if gpus > 1 and not (name == "h100" and gpus <= GPUS[name].gpus_per_node):
+    if gpus > GPUS[name].gpus_per_node:
         lines.append("(network rates are nominal, not measured)")
     if layout["tensor"] > 1 or HOST in ms:
         lines.append(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import weakref
 from collections import Counter
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -131,6 +133,13 @@ def main() -> None:
         if name in wrapped:
             assert local.data_ptr() == weights[name]._local_tensor.rows.data_ptr()
             assert torch.equal(saved.full_tensor(), weights[name].full_tensor())
+
+    # Nothing keeps a model that is not needed any more: neither FSDP2 nor the scales' slots.
+    for compile in (False, True):
+        gone = weakref.ref(train("fp8", compile)[2])
+        torch._dynamo.reset()
+        gc.collect()
+        assert gone() is None, compile
 
 
 if __name__ == "__main__":

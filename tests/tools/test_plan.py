@@ -61,6 +61,31 @@ def test_memory_within_a_tenth_and_speed_within_15_percent_of_what_was_measured(
     assert result["milliseconds"]["tokens_per_second"] == pytest.approx(row["tokens_per_second"], rel=0.15)
 
 
+@pytest.mark.parametrize(
+    ("file", "shard", "tensor", "layers"),
+    [
+        ("h200-x2_8b_fsdp", 2, 1, 32),
+        ("h200-x2_8b-slice", 2, 1, 8),
+        ("h200-x2_8b_tp", 1, 2, 32),
+        ("h200_8b-slice_ranks", 1, 1, 8),
+    ],
+)
+def test_two_gpus_as_measured(tool, file, shard, tensor, layers):
+    """Speed of our variants within 10 %; memory within 10 % of the first of them (the next held its weights, too, then)."""
+    rows = json.loads((ROOT / "benchmarks" / f"2026-12-01_{file}.json").read_text())["rows"]
+    ours = [row for row in rows if row["variant"] in ("llama fp8 linears", "fog_max fp8 full")]
+    assert ours
+    for i, row in enumerate(ours):
+        preset, full = ("fog_max", True) if "fog" in row["variant"] else ("llama", False)
+        args = FLAVORS["8b"]
+        args.apply(Architecture(preset=preset, n_layers=layers, vocab_size=131072, tie_embeddings=False))
+        recipe = tool.Recipe(master=2, reduce=4, moments=4, attention=full)
+        layout = tool.Layout(1, shard, tensor, 2, 4096, 1)
+        result = tool.plan(args, recipe, layout, tool.GPUS["h200"], ["layers.*"])
+        assert result["milliseconds"]["step"] == pytest.approx(row["step_ms"], rel=0.1)
+        assert i or result["memory_gib"]["total"] == pytest.approx(row["peak_memory_gib"], rel=0.101)
+
+
 def test_tensor_parallel_that_cuts_blocks_costs_the_fp8_moments_of_these_rows(tool):
     """Llama 2's 11008 features are 43 blocks of 256: two ranks would share one. w2's moments are float32 then."""
     args = FLAVORS["llama2_7b"]
@@ -140,6 +165,7 @@ def test_small_layers_wait_for_the_host_and_what_is_not_measured_is_said(tool, r
     for arguments, said in {
         ("8", "h100", "1"): (),
         ("8", "h100", "2"): (host,),
+        ("8", "h200", "1"): (),
         ("16", "h200", "1"): (nominal,),
     }.items():
         gpus, gpu, tp = arguments

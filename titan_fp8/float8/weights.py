@@ -15,6 +15,7 @@ parameters with give a ShardedWeight again. A GatheredWeight can be looked at an
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
+from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor, nn
@@ -76,24 +77,27 @@ class GatheredWeight(Tensor):
 
 
 class ShardedWeight(Tensor):
-    """`rows` of a weight in any float dtype; `slot` has the scale that they are gathered with."""
+    """`rows` of a weight in any float dtype; the slot, a part of the same model, has the scale that they are gathered with.
+
+    It is referred to weakly: it knows the weight, and Python cannot collect a cycle through a tensor that C++ holds too.
+    """
 
     rows: Tensor
-    slot: WeightScale
+    slot: ReferenceType[WeightScale]
 
     @staticmethod
-    def __new__(cls, rows: Tensor, slot: WeightScale) -> ShardedWeight:
+    def __new__(cls, rows: Tensor, slot: WeightScale | ReferenceType[WeightScale]) -> ShardedWeight:
         return _wrap(cls, rows, rows.dtype, rows.requires_grad)
 
-    def __init__(self, rows: Tensor, slot: WeightScale):
-        self.rows, self.slot = rows, slot
+    def __init__(self, rows: Tensor, slot: WeightScale | ReferenceType[WeightScale]):
+        self.rows, self.slot = rows, slot if isinstance(slot, ReferenceType) else ref(slot)
 
-    def __tensor_flatten__(self) -> tuple[list[str], WeightScale]:
+    def __tensor_flatten__(self) -> tuple[list[str], ReferenceType[WeightScale]]:
         return ["rows"], self.slot
 
     @staticmethod
     def __tensor_unflatten__(
-        inner: dict[str, Tensor], slot: WeightScale, size: Any, stride: Any
+        inner: dict[str, Tensor], slot: ReferenceType[WeightScale], size: Any, stride: Any
     ) -> ShardedWeight:
         return ShardedWeight(inner["rows"], slot)
 
@@ -113,7 +117,9 @@ class ShardedWeight(Tensor):
         self, mesh, outer_size, outer_stride, module, mp_policy
     ) -> tuple[tuple[Tensor, ...], Any]:
         rows = self.rows if mp_policy.param_dtype is None else self.rows.to(mp_policy.param_dtype)
-        q = cast_rows(rows, self.slot.multiplier(), E4M3).view(torch.uint8)
+        slot = self.slot()
+        assert slot is not None, "the model is gone"
+        q = cast_rows(rows, slot.multiplier(), E4M3).view(torch.uint8)
         missing = -(-outer_size[0] // mesh.size()) - len(q)  # ranks at the end may have fewer rows
         return (nn.functional.pad(q, (0, 0, 0, missing)) if missing else q,), None
 
