@@ -497,6 +497,26 @@ def table(arms: list[Arm], baseline: Arm) -> Iterator[str]:
         yield "| " + " | ".join(map(str, cells)) + " |"
 
 
+def at_equal_time(arms: list[Arm], baseline: Arm) -> list[str]:
+    """A line of Markdown: training losses at the GPU seconds of a run of the baseline; none if it was not timed alone."""
+    if not baseline.speed:
+        return []
+    seconds, told = baseline.tokens / baseline.speed, []
+    for arm in arms:
+        if not arm.speed or arm.diverged:
+            continue
+        here = seconds * arm.speed
+        losses = []
+        for rows in arm.train:
+            values = [math.nan if row.get("loss") is None else row["loss"] for row in rows]
+            found = zip(rows, smooth(values, max(1, len(rows) // 20)), strict=True)
+            losses.append(([y for row, y in found if row["tokens"] <= here] or [math.nan])[-1])
+        told.append(f"{arm.name} {statistics.fmean(losses):.3f} ({min(here, arm.tokens) / 1e6:.1f} M tokens)")
+    return [
+        f"Training loss, smoothed, after the {seconds:.0f} GPU seconds of {baseline.name}: {', '.join(told)}."
+    ]
+
+
 def downstream(study: Study) -> list[str]:
     """Lines of Markdown: what tools/downstream/evaluate.py found of the study's runs; empty where it has found nothing."""
     found: dict[str, list[dict[str, Any]]] = {}
@@ -663,6 +683,7 @@ def report(studies: list[Study], out: Path | None) -> str:
         for name, other in study.pairs:
             if name in by_name and other in by_name:
                 lines += [f"{name} over {other}: {over(by_name[name], by_name[other])}."]
+        lines += at_equal_time(arms, baseline)
         if not all(arm.validated for arm in arms):
             lines += ["No validation: losses are of training."]
         lines += [
