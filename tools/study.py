@@ -508,9 +508,8 @@ def at_equal_time(arms: list[Arm], baseline: Arm) -> list[str]:
         here = seconds * arm.speed
         losses = []
         for rows in arm.train:
-            values = [math.nan if row.get("loss") is None else row["loss"] for row in rows]
-            found = zip(rows, smooth(values, max(1, len(rows) // 20)), strict=True)
-            losses.append(([y for row, y in found if row["tokens"] <= here] or [math.nan])[-1])
+            found = zip(*curve(rows, 20), strict=True)
+            losses.append(([loss for millions, loss in found if 1e6 * millions <= here] or [math.nan])[-1])
         told.append(f"{arm.name} {statistics.fmean(losses):.3f} ({min(here, arm.tokens) / 1e6:.1f} M tokens)")
     return [
         f"Training loss, smoothed, after the {seconds:.0f} GPU seconds of {baseline.name}: {', '.join(told)}."
@@ -561,15 +560,17 @@ def smooth(values: list[float], width: int) -> list[float]:
     return found
 
 
+def curve(rows: list[dict[str, Any]], pieces: int = 50) -> tuple[list[float], list[float]]:
+    """(millions of tokens, losses smoothed over that part of the run) of logged rows."""
+    losses = [math.nan if row.get("loss") is None else row["loss"] for row in rows]
+    return [row["tokens"] / 1e6 for row in rows], smooth(losses, max(1, len(rows) // pieces))
+
+
 def draw(study: Study, arms: list[Arm], baseline: Arm, out: Path) -> None:
     """Loss over tokens; the difference to the baseline; kurtosis over tokens by site, the largest of all layers."""
     from plot_parts import STYLE, log_scale, pyplot, save_figure
 
     plt = pyplot()
-
-    def curve(rows: list[dict[str, Any]], key: str = "loss") -> tuple[list[float], list[float]]:
-        values = [math.nan if row.get(key) is None else row[key] for row in rows]
-        return [row["tokens"] / 1e6 for row in rows], smooth(values, max(1, len(rows) // 50))
 
     sites = ("residual", "qkv_in", "q", "k", "v", "attention_out", "ffn_up", "ffn_act", "ffn_out")
     with_sites = [

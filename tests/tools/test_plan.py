@@ -23,12 +23,23 @@ def tool():
     return module
 
 
-def one_gpu(tool, flavor: str, layers: int, vocab: int, batch: int, preset: str, **recipe) -> dict:
+def h200(
+    tool,
+    flavor: str,
+    layers: int,
+    vocab: int,
+    batch: int,
+    preset: str,
+    shard: int = 1,
+    tensor: int = 1,
+    **recipe,
+) -> dict:
     args = FLAVORS[flavor]
     args.apply(Architecture(preset=preset, n_layers=layers, vocab_size=vocab, tie_embeddings=False))
     args.seq_len = 4096
     settings = tool.Recipe(**({"master": 2, "reduce": 2, "moments": 4} | recipe))
-    return tool.plan(args, settings, tool.Layout(1, 1, 1, batch, 4096, 1), tool.GPUS["h200"], ["layers.*"])
+    layout = tool.Layout(1, shard, tensor, batch, 4096, 1)
+    return tool.plan(args, settings, layout, tool.GPUS["h200"], ["layers.*"])
 
 
 MEASURED = [
@@ -55,7 +66,7 @@ def test_memory_within_a_tenth_and_speed_within_15_percent_of_what_was_measured(
 ):
     rows = json.loads((ROOT / "benchmarks" / f"{file}.json").read_text())["rows"]
     (row,) = (row for row in rows if row["variant"] == variant)
-    result = one_gpu(tool, *shape, **recipe)
+    result = h200(tool, *shape, **recipe)
     assert result["parameters"]["total"] == row["parameters"]
     assert result["memory_gib"]["total"] == pytest.approx(row["peak_memory_gib"], rel=0.1)
     assert result["milliseconds"]["tokens_per_second"] == pytest.approx(row["tokens_per_second"], rel=0.15)
@@ -77,11 +88,7 @@ def test_two_gpus_as_measured(tool, file, shard, tensor, layers):
     assert ours
     for i, row in enumerate(ours):
         preset, full = ("fog_max", True) if "fog" in row["variant"] else ("llama", False)
-        args = FLAVORS["8b"]
-        args.apply(Architecture(preset=preset, n_layers=layers, vocab_size=131072, tie_embeddings=False))
-        recipe = tool.Recipe(master=2, reduce=4, moments=4, attention=full)
-        layout = tool.Layout(1, shard, tensor, 2, 4096, 1)
-        result = tool.plan(args, recipe, layout, tool.GPUS["h200"], ["layers.*"])
+        result = h200(tool, "8b", layers, 131072, 2, preset, shard, tensor, reduce=4, attention=full)
         assert result["milliseconds"]["step"] == pytest.approx(row["step_ms"], rel=0.1)
         assert i or result["memory_gib"]["total"] == pytest.approx(row["peak_memory_gib"], rel=0.101)
 

@@ -15,6 +15,7 @@ from dataclasses import replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import nn
@@ -199,7 +200,7 @@ def _convert_delayed(model: nn.Module, linears: dict[str, nn.Linear], fp8: Fp8, 
     if gather:
         for slot in slots.values():
             for linear in slot.linears if isinstance(slot, WeightScale) else ():
-                linear.weight = nn.Parameter(ShardedWeight(linear.weight.detach(), slot))
+                linear.weight = nn.Parameter(ShardedWeight(linear.weight.detach(), ref(slot)))
     with device:
         model.add_module(STATE, DelayedScaling(slots, recipe))
 

@@ -15,7 +15,7 @@ parameters with give a ShardedWeight again. A GatheredWeight can be looked at an
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
-from weakref import ReferenceType, ref
+from weakref import ReferenceType
 
 import torch
 from torch import Tensor, nn
@@ -86,11 +86,11 @@ class ShardedWeight(Tensor):
     slot: ReferenceType[WeightScale]
 
     @staticmethod
-    def __new__(cls, rows: Tensor, slot: WeightScale | ReferenceType[WeightScale]) -> ShardedWeight:
+    def __new__(cls, rows: Tensor, slot: ReferenceType[WeightScale]) -> ShardedWeight:
         return _wrap(cls, rows, rows.dtype, rows.requires_grad)
 
-    def __init__(self, rows: Tensor, slot: WeightScale | ReferenceType[WeightScale]):
-        self.rows, self.slot = rows, slot if isinstance(slot, ReferenceType) else ref(slot)
+    def __init__(self, rows: Tensor, slot: ReferenceType[WeightScale]):
+        self.rows, self.slot = rows, slot
 
     def __tensor_flatten__(self) -> tuple[list[str], ReferenceType[WeightScale]]:
         return ["rows"], self.slot

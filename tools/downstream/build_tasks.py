@@ -50,6 +50,7 @@ from titan_fp8.files import new_folder
 _BORDER = re.compile(r"(?<=[.!?])\s+(?=[A-Z])|\s*\n\s*\n\s*")
 _LAST_WORD = re.compile(r"(?<=\S) ([A-Za-z]{4,})[.!?]$")
 _ODD_LINE = re.compile(r"^\s*[^\w\s\"'(]", re.MULTILINE)
+COUNT, DOMAIN_BYTES = 2000, 20_000  # defaults of the options
 _SENTENCES = 3
 _CHARACTERS = (200, 1000)
 _PROSE_SHARE = 0.9
@@ -265,12 +266,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--name", help="what the tasks' names begin with; default: the file's name up to its first dot"
     )
-    parser.add_argument("--count", type=int, default=2000, help="cloze passages at most (2000)")
+    parser.add_argument("--count", type=int, default=COUNT, help=f"cloze passages at most ({COUNT})")
     parser.add_argument(
         "--domain-bytes",
         type=int,
-        default=20_000,
-        help="text from which on a source has a task of its own (20000)",
+        default=DOMAIN_BYTES,
+        help=f"text from which on a source has a task of its own ({DOMAIN_BYTES})",
     )
     args = parser.parse_args(argv)
     name = args.name if args.name is not None else _slug(args.path.name.split(".")[0])

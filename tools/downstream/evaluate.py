@@ -118,7 +118,8 @@ def main(argv: list[str] | None = None) -> int:
             import lm_eval  # noqa: F401  # pyrefly: ignore
         except ImportError as error:
             raise UserError(f"lm-eval must be installed, got {error}: pip install -e .[eval]") from error
-        build_tasks.build(options.path, folder / "tasks" / "held_out", "held_out", 2000, 20_000)
+        limits = build_tasks.COUNT, build_tasks.DOMAIN_BYTES
+        build_tasks.build(options.path, folder / "tasks" / "held_out", "held_out", *limits)
         for run in runs:
             out = chosen.folder / "downstream" / f"{run.name}.json"
             if run.name not in there or out.exists():
