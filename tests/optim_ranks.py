@@ -14,17 +14,19 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from titan_fp8.optim import Fp8AdamW
+from titan_fp8.optim import Fp8AdamW, adopt, destinations
 
 SETTINGS = {
     "blocks": {"block_size": 32, "round_moments": "stochastic", "round_parameters": "stochastic"},
     "tensor": {"block_size": 0},
 }
+OTHERS = {"float32": {"first_moment": "fp32", "second_moment": "fp32"}, "blocks of 16": {"block_size": 16}}
 
 
 def build(settings: dict, sharded: bool) -> tuple[nn.Module, Fp8AdamW]:
@@ -73,8 +75,30 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
         assert torch.equal(a[name], b[name]), name
 
 
+def load_converted(folder: Path, model: nn.Module, optimizer: Fp8AdamW) -> None:
+    """The moments of a checkpoint of another format or other blocks."""
+    own = {
+        f"optimizer.state.{name}.{key}": value
+        for name, p in model.named_parameters()
+        for key, value in optimizer.state[p].items()
+    }
+    saved = FileSystemReader(folder).read_metadata().state_dict_metadata
+    wanted = destinations(own, {name: getattr(entry, "size", None) for name, entry in saved.items()})
+    dcp.load(wanted, checkpoint_id=folder)
+    adopt(wanted, own)
+
+
+def in_columns() -> tuple[nn.Module, Fp8AdamW]:
+    """Two ranks with 24 of 48 columns each, as tensor parallel cuts wo and w2: blocks of 32 end inside a shard."""
+    model, _ = build({}, sharded=False)
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    model[0].weight = nn.Parameter(distribute_tensor(model[0].weight.detach(), mesh, [Shard(1)]))
+    return model, Fp8AdamW(model.parameters(), lr=1e-2, **SETTINGS["blocks"])
+
+
 def main(base: Path) -> None:
-    """Train as `test_two_ranks` did whole; take up its checkpoint; save one of this layout, and what training on gives."""
+    """Train as `test_two_ranks` did whole; take up its checkpoint; save one of this layout, and what training on gives.
+    Then its moments in other layouts and formats."""
     for kind, settings in SETTINGS.items():
         model, optimizer = build(settings, sharded=True)
         train(model, optimizer, range(3))
@@ -88,6 +112,15 @@ def main(base: Path) -> None:
         train(*again, range(3, 5))
         same(whole(*again), whole(model, optimizer))
         torch.save(whole(*again), base / f"{kind}-on{dist.get_rank()}.pt")
+    others = {kind: build(settings, sharded=True) for kind, settings in OTHERS.items()} | {
+        "columns": in_columns()
+    }
+    for source in SETTINGS:
+        for kind, run in others.items():
+            load_converted(base / f"{source}-one", *run)
+            got = whole(*run)
+            if dist.get_rank() == 0:
+                torch.save(got, base / f"{source}-to-{kind}.pt")
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor, Shard
 from titan_fp8.config import load_config
 from titan_fp8.float8.formats import E4M3, E5M2
 from titan_fp8.float8.kernels import adam
-from titan_fp8.optim import Fp8AdamW, plain_destinations
+from titan_fp8.optim import Fp8AdamW, destinations
 
 PLAIN = {"first_moment": "fp32", "second_moment": "fp32"}
 BETAS = (0.9, 0.95)
@@ -348,9 +348,9 @@ def test_state_of_adamw_is_converted_with_one_warning(block, caplog):
     optimizer = Fp8AdamW(ours, block_size=block)
     with caplog.at_level(logging.WARNING):
         optimizer.load_state_dict(copy.deepcopy(torchs.state_dict()))
-    assert [r.message for r in caplog.records].count(
-        caplog.records[0].message
-    ) == 1 and "4 moments" in caplog.text
+    (said,) = [record.message for record in caplog.records]
+    told = ["1 from float32 to e4m3 in blocks of 32", "1 from float32 to e4m3 in a block a row"]
+    assert all(words in said for words in (told if block else ["2 from float32 to e4m3 in one block"])), said
     for p, q in zip(ours, theirs, strict=True):
         want = torchs.state[q]["exp_avg"]
         error = (values(optimizer, p, "exp_avg") - want).abs()
@@ -358,14 +358,47 @@ def test_state_of_adamw_is_converted_with_one_warning(block, caplog):
         assert optimizer.state[p]["step"] == 1
 
 
-def test_states_of_other_fp8_formats_are_refused():
+@pytest.mark.parametrize("start", [{}, {"block_size": 0}])
+@pytest.mark.parametrize(
+    ("settings", "digits"),
+    [
+        (PLAIN, {"exp_avg": 0, "exp_avg_sq": 0}),  # a code times a scale is a float32
+        ({"first_moment": "bf16", "second_moment": "bf16"}, {"exp_avg": 2**-8, "exp_avg_sq": 2**-8}),
+        ({"second_moment": "e4m3"}, {"exp_avg": 2**-4, "exp_avg_sq": 2**-4}),
+        ({"block_size": 32}, {"exp_avg": 2**-4, "exp_avg_sq": 2**-3}),
+        ({"block_size": 0}, {"exp_avg": 2**-4, "exp_avg_sq": 2**-3}),
+    ],
+)
+def test_moments_of_one_format_load_into_another(start, settings, digits, caplog):
+    """Each within half a spacing of the new format, beside what its subnormals cannot hold; only what differs is told."""
+    ours, theirs = twins()
+    optimizer = Fp8AdamW(ours, **start)
+    for step in range(3):
+        draw(ours, step=step)
+        optimizer.step()
+    other = Fp8AdamW(theirs, **settings)
+    with caplog.at_level(logging.WARNING):
+        other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert len(caplog.records) == (settings != start)
+    for p, q in zip(ours, theirs, strict=True):
+        assert other.state[q]["step"] == 3
+        for name, half in digits.items():
+            want, got = values(optimizer, p, name), values(other, q, name)
+            lost = (half > 0) * want.abs().max() * (2**-10 / 448 if half < 2**-3 else 2**-17 / 57344)
+            floor = want.abs().max() * 2**-16 / 57344 if name == "exp_avg_sq" and half > 2**-8 else 0
+            if name == "exp_avg_sq" and settings.get("second_moment") == "e4m3":
+                floor = want.abs().max() * 2**-9 / 448  # v is never less than the smallest code
+            assert ((got - want).abs() <= half * want.abs() * (1 + 1e-6) + lost + floor).all(), (
+                name,
+                p.shape,
+            )
+
+
+def test_the_state_of_other_parameters_is_refused():
     ours, theirs = twins()
     state = Fp8AdamW(ours).state_dict()
-    for settings in ({"second_moment": "e4m3"}, {"block_size": 32}, {"block_size": 0}, PLAIN):
-        other = Fp8AdamW(theirs, **settings)
-        refusal(
-            lambda other=other: other.load_state_dict(state), "must hold", "exp_avg", "set [optimizer.fp8]"
-        )
+    reversed_ = Fp8AdamW(theirs[::-1])
+    refusal(lambda: reversed_.load_state_dict(state), "must hold", "exp_avg", "exclude_from_loading")
 
 
 @pytest.mark.parametrize(
@@ -483,7 +516,7 @@ def test_moments_that_tensor_parallel_leaves_in_float32_are_named(caplog):
 
 @pytest.mark.usefixtures("gloo")
 def test_checkpoints_of_both_kinds(tmp_path, caplog):
-    """FP8 to FP8 keeps every bit; AdamW to FP8 is converted once prepared; FP8 to AdamW is refused."""
+    """FP8 to FP8 keeps every bit; AdamW's to FP8 and FP8 to AdamW's or to other blocks are converted once prepared."""
 
     def train(model, optimizers):
         for p in model.parameters():
@@ -514,7 +547,7 @@ def test_checkpoints_of_both_kinds(tmp_path, caplog):
     converted.prepare_to_load(shapes(plain))
     with caplog.at_level(logging.WARNING):
         dcp.load({"optimizer": converted}, checkpoint_id=tmp_path / "plain")
-    assert caplog.text.count("rounded to FP8") == 1
+    assert caplog.text.count("2 from float32 to e4m3 in a block a row") == 1
     (optimizer,), (torchs,) = converted.optimizers, plain.optimizers
     p, q = optimizer.param_groups[0]["params"][0], next(model_plain.parameters())
     torch.testing.assert_close(
@@ -524,23 +557,34 @@ def test_checkpoints_of_both_kinds(tmp_path, caplog):
 
     with pytest.raises(dcp.api.CheckpointException):
         dcp.load({"optimizer": container()[1]}, checkpoint_id=tmp_path / "fp8")
-    other = container()[1]
-    other.prepare_to_load(shapes(fp8))
-    refusal(other.state_dict, "exp_avg", "e4m3", "[optimizer.fp8]", "tensor_parallel_degree")
-    other = container(flag, "--optimizer.fp8.block_size=16")[1]
-    other.prepare_to_load(shapes(fp8))
-    refusal(other.state_dict, "exp_avg_scale [64, 3], got [64, 1]: set [optimizer.fp8]", "block_size")
+    for flags, exact in (([], True), ([flag, "--optimizer.fp8.block_size=16"], False)):
+        other_model, other = container(*flags)
+        other.prepare_to_load(shapes(fp8))
+        dcp.load({"optimizer": other}, checkpoint_id=tmp_path / "fp8")
+        (optimizer,), (kept,) = other.optimizers, fp8.optimizers
+        for p, q in zip(model.parameters(), other_model.parameters(), strict=True):
+            got, want = optimizer.state[q], values(kept, p, "exp_avg")
+            if exact:
+                assert torch.equal(got["exp_avg"], want) and set(got) == {"step", "exp_avg", "exp_avg_sq"}
+            else:
+                torch.testing.assert_close(values(optimizer, q, "exp_avg"), want, rtol=2**-4, atol=1e-6)
+            assert got["step"] == 1
+        train(other_model, other)
 
 
 def test_names_that_a_checkpoint_lacks_altogether_are_left_to_torch():
-    assert plain_destinations({"state.x.exp_avg_e4m3": torch.zeros(2)}, {"other": None}).keys() == {
-        "state.x.exp_avg_e4m3"
-    }
+    own = {"state.x.exp_avg_e4m3": torch.zeros(2), "state.x.exp_avg_scale": torch.ones(())}
+    for saved in (
+        {"other": None},
+        {"state.x.exp_avg_e5m2": torch.Size([2])},
+    ):  # codes without their scales are of no use
+        assert destinations(own, saved).keys() == own.keys()
 
 
 @pytest.mark.usefixtures("gloo")
 def test_two_ranks(tmp_path):
-    """Trained whole here, sharded by FSDP2 over two processes there, checkpoints both ways: the same bits everywhere."""
+    """Trained whole here, sharded by FSDP2 over two processes there, checkpoints both ways: the same bits everywhere. So it
+    is with moments that are converted there: shards know which blocks their elements lay in."""
     runs = {}
     for kind, settings in ranks.SETTINGS.items():
         runs[kind] = ranks.build(settings, sharded=False)
@@ -564,3 +608,13 @@ def test_two_ranks(tmp_path):
             ranks.train(*run, range(3, 5))
             for rank in range(2):
                 ranks.same(ranks.whole(*run), torch.load(tmp_path / f"{kind}-on{rank}.pt", weights_only=True))
+    for source in ranks.SETTINGS:
+        for kind, others in {**ranks.OTHERS, "columns": ranks.OTHERS["float32"]}.items():
+            run = ranks.build(others, sharded=False)
+            ranks.load_converted(tmp_path / f"{source}-one", *run)
+            expected = ranks.whole(*run)
+            got = torch.load(tmp_path / f"{source}-to-{kind}.pt", weights_only=True)
+            if kind == "columns":  # one matrix is cut there; the others have whole blocks
+                cut = ("0.weight.exp_avg", "0.weight.exp_avg_sq")
+                got, expected = ({name: state[name] for name in cut} for state in (got, expected))
+            ranks.same(got, expected)

@@ -1,5 +1,7 @@
 """A checkpoint of one layout goes on in another, on CPU with gloo: the same curve, full FP8, optimizer and loader included.
 
+Moments are in FP8, but float32 where tensor parallel cuts rows inside a block: there each change of layout converts them.
+
 1 process  --step 4-->  FSDP 2  --step 6-->  HSDP 2 x 2
            --step 4-->  TP 2    --step 6-->  FSDP 2 x TP 2
 """
@@ -20,7 +22,12 @@ def curves(tmp_path_factory) -> dict[str, list[tuple[float, float]]]:
     """Layout -> (loss, gradient norm) of each step that it trained."""
     base = tmp_path_factory.mktemp("reshard")
     flags = [*common_flags(base), *RECIPES["delayed"]]
-    flags += ["--checkpoint.enable", "--checkpoint.interval=2", "--checkpoint.keep_latest_k=0"]
+    flags += [
+        "--optimizer.fp8.enable",
+        "--checkpoint.enable",
+        "--checkpoint.interval=2",
+        "--checkpoint.keep_latest_k=0",
+    ]
     one = [*flags, f"--training.local_batch_size={SEQUENCES}"]
     run(base / "1", 1, {"one": one})
     folders = {"one": base / "1" / "one"}

@@ -333,9 +333,7 @@ class SafeCheckpointManager(CheckpointManager):
         self._check_weights(state_dict, metadata, checkpoint_id)
         self._check_other_states(state_dict, metadata, checkpoint_id)
         for key, value in state_dict.items():
-            if hasattr(
-                value, "prepare_to_load"
-            ):  # the optimizer reads, or refuses, another format of its moments
+            if hasattr(value, "prepare_to_load"):  # the optimizer reads other formats of its moments
                 saved = metadata.state_dict_metadata.items()
                 own = {n: getattr(entry, "size", None) for n, entry in saved if n.startswith(f"{key}.")}
                 value.prepare_to_load({n.removeprefix(f"{key}."): size for n, size in own.items()})

@@ -27,6 +27,7 @@ Kept from it: blocks with float32 scales, and the new moments, not the stored on
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -245,10 +246,10 @@ class Fp8AdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take a state in this format, or AdamW's moments in bf16 or float32 (one warning); in place.
+        """Take a state in this format, or in any other that this class or torch's AdamW keeps (one warning); in place.
 
         Raises:
-            UserError: the state has other FP8 formats or blocks.
+            UserError: the state is of other parameters.
         """
         groups = state_dict["param_groups"]
         own = self.state
@@ -257,16 +258,19 @@ class Fp8AdamW(torch.optim.Optimizer):
         self.state = own
         ids = [i for group in groups for i in group["params"]]
         params = [p for group in self.param_groups for p in group["params"]]
-        converted = 0
-        for i, p in zip(ids, params, strict=True):
-            if i in state_dict["state"]:
-                saved, count = _rounded(state_dict["state"][i], own[p], self.block_size)
-                converted += count
-                for name, value in own[p].items():
-                    if name not in saved or saved[name].shape != value.shape:
-                        raise UserError(_other_format(f"{name} {list(value.shape)}", saved))
-                    _local(value).copy_(_local(saved[name]))
-        _warn(converted)
+        keys = [(p, i) for i, p in zip(ids, params, strict=True) if i in state_dict["state"]]
+        mine = {f"{i}.{name}": value for p, i in keys for name, value in own[p].items()}
+        saved = {f"{i}.{name}": value for _, i in keys for name, value in state_dict["state"][i].items()}
+        saved = adopt(saved, mine)
+        for name, value in mine.items():
+            there = getattr(saved.get(name), "shape", None)
+            if there != value.shape:
+                got = "none" if there is None else list(there)
+                raise UserError(
+                    f"the optimizer state must hold {name} {list(value.shape)}, got {got}: "
+                    'load the state of these parameters, or begin it anew (checkpoint.exclude_from_loading = ["optimizer"])'
+                )
+            _local(value).copy_(_local(saved[name]))
 
 
 class _Plan:
@@ -430,73 +434,104 @@ def _table(states: list[dict[str, Tensor]], key: str, device: torch.device) -> T
 # ---- States of another format: dicts of one parameter, or flat ones with names like "state.layers.0.wq.weight.exp_avg" ----
 
 
-def plain_destinations(own: dict[str, Any], saved: Mapping[str, Any]) -> dict[str, Any]:
-    """What to load into, given the names and shapes that a checkpoint holds (None for what is no tensor): `own`, but float32
-    tensors for moments kept as AdamW does.
-
-    Raises:
-        UserError: the checkpoint has moments in a format, or in blocks, that `own` has not.
-    """
-    wanted = dict(own)
-    for name, plain in _codes(own):
-        if plain in saved and name not in saved:
-            wanted[plain] = torch.zeros_like(wanted.pop(name), dtype=torch.float32)
-            del wanted[f"{plain}_scale"]
-    missing = [name for name in wanted if name not in saved and name.rpartition(".")[2].startswith(MOMENTS)]
-    other = [name for name, _ in _codes(saved) if name not in own]
-    if missing and other:
-        raise UserError(_other_format(missing[0], other[:1]))
-    for name, value in wanted.items():
-        if isinstance(value, Tensor) and (there := saved.get(name)) is not None and there != value.shape:
-            raise UserError(_other_format(f"{name} {list(value.shape)}", [str(list(there))]))
+def destinations(own: dict[str, Any], saved: Mapping[str, Any]) -> dict[str, Any]:
+    """What to load into, given the names and shapes that a checkpoint holds (None for what is no tensor): `own`, but for
+    moments that the checkpoint keeps in another format, or in other blocks, tensors as it keeps them. Codes are placed as
+    in `own`; their scales are whole on every rank, since blocks of the one need not end where shards of the other do."""
+    wanted, theirs = dict(own), _moments(saved)
+    for moment, name, there in _kept_otherwise(own, theirs, saved):
+        value, scale = wanted.pop(name), f"{moment}_scale"
+        wanted.pop(scale, None)
+        dtype = torch.float32 if there == moment else FORMATS[there.removeprefix(f"{moment}_")]
+        wanted[there] = torch.zeros_like(value, dtype=dtype)
+        if scale in saved:
+            wanted[scale] = torch.zeros(saved[scale], device=_local(value).device)
     return wanted
 
 
-def adopt_plain(loaded: dict[str, Any], own: dict[str, Any], block: int) -> dict[str, Any]:
-    """`loaded` in the format of `own`: AdamW's moments rounded to FP8, with one warning."""
-    result, converted = _rounded(loaded, own, block)
-    _warn(converted)
+@torch.no_grad()
+def adopt(loaded: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """`loaded`, with moments that `own` keeps in another format, or in other blocks, in that of `own` (whose tensors are
+    overwritten); one warning if there are any. From FP8 to float32 nothing is lost; to bfloat16 and to FP8 it is rounded."""
+    result, shapes = dict(loaded), {name: getattr(value, "shape", None) for name, value in loaded.items()}
+    formats: Counter[str] = Counter()
+    for moment, name, there in _kept_otherwise(own, _moments(loaded), shapes):
+        scale, source = f"{moment}_scale", result.pop(there)
+        source_scale = result.pop(scale, None)
+        _store(_decoded(source, source_scale), own[name], own.get(scale), moment.endswith("_sq"))
+        result |= {key: own[key] for key in (name, scale) if key in own}
+        formats[f"{_format(source, source_scale)} to {_format(own[name], own.get(scale))}"] += 1
+    if formats:
+        told = ", ".join(f"{number} from {change}" for change, number in formats.items())
+        logger.warning(f"Saved moments of the optimizer were converted to the format they have now: {told}.")
     return result
 
 
-@torch.no_grad()
-def _rounded(loaded: dict[str, Any], own: dict[str, Any], block: int) -> tuple[dict[str, Any], int]:
-    """`loaded` with codes and scales (those of `own`, overwritten) for moments that only `own` has in FP8, and how many."""
-    result, converted = dict(loaded), 0
-    for name, plain in _codes(own):
-        if plain in loaded and name not in loaded:
-            _quantize(result.pop(plain), own[name], own[f"{plain}_scale"], block, plain.endswith("_sq"))
-            result[name], result[f"{plain}_scale"] = own[name], own[f"{plain}_scale"]
-            converted += 1
-    return result, converted
+def _moments(names: Iterable[str]) -> dict[str, str]:
+    """AdamW's name of each moment among `names` -> its name there."""
+    found = {name.removesuffix("_e4m3").removesuffix("_e5m2"): name for name in names}
+    return {moment: name for moment, name in found.items() if moment.rpartition(".")[2] in MOMENTS}
 
 
-def _codes(names: Iterable[str]) -> list[tuple[str, str]]:
-    """(name, AdamW's name of that moment) of the FP8 codes among `names`."""
-    return [(name, name.rpartition("_")[0]) for name in names if name.endswith(("_e4m3", "_e5m2"))]
+def _kept_otherwise(
+    own: Mapping[str, Any], theirs: Mapping[str, str], shapes: Mapping[str, Any]
+) -> list[tuple[str, str, str]]:
+    """(moment, its name in `own`, its name in a state with these names and shapes) where format or blocks differ."""
+    found = []
+    for moment, name in _moments(own).items():
+        there = theirs.get(moment)
+        if there is None or shapes[there] != own[name].shape:
+            continue  # nothing there, or another parameter's: for the caller to refuse
+        mine, blocks = own.get(f"{moment}_scale"), shapes.get(f"{moment}_scale")
+        if there != moment and blocks is None:
+            continue  # codes without scales, too
+        if there != name or blocks != getattr(mine, "shape", None):
+            found.append((moment, name, there))
+    return found
 
 
-def _quantize(value: Tensor, codes: Tensor, scale: Tensor, block: int, positive: bool) -> None:
-    """Round a moment into codes and scale, in place. All three may be DTensors."""
-    amax = None
+def _format(value: Tensor, scale: Tensor | None) -> str:
+    if scale is None:
+        return str(value.dtype).removeprefix("torch.")
+    block = _block_size(value.shape[-1], scale)
+    where = "one block" if not block else "a block a row" if scale.shape[-1] == 1 else f"blocks of {block}"
+    return f"{short_name(value.dtype)} in {where}"
+
+
+def _block_size(columns: int, scale: Tensor) -> int:
+    """Of the blocks that rows of `columns` with these scales can have: one size, but for rows of one block the smallest."""
+    if not scale.ndim:
+        return 0
+    return next(b for b in BLOCK_SIZES[1:] if adam.blocks_per_row(columns, b) == scale.shape[-1])
+
+
+def _decoded(codes: Tensor, scale: Tensor | None) -> Tensor:
+    """The float32 values of a stored moment, placed as its codes are."""
+    local = _local(codes).float()
+    if scale is not None and local.numel():
+        whole = scale.full_tensor() if isinstance(scale, DTensor) else scale
+        if block := _block_size(codes.shape[-1], whole):
+            start = [0] * codes.ndim
+            if isinstance(codes, DTensor):
+                start = compute_local_shape_and_global_offset(
+                    codes.shape, codes.device_mesh, codes.placements
+                )[1]
+            rows = [slice(first, first + size) for first, size in zip(start[:-1], local.shape, strict=False)]
+            columns = torch.arange(start[-1], start[-1] + local.shape[-1], device=whole.device)
+            whole = whole[tuple(rows)][..., columns // block]
+        local = local * (1.0 / whole)
+    return _like(codes, local, codes.shape)
+
+
+def _store(value: Tensor, kept: Tensor, scale: Tensor | None, positive: bool) -> None:
+    """Put a moment into `kept` and `scale`, in place. All three may be DTensors."""
+    local, x = _local(kept), _local(value).float()
+    if scale is None:
+        local.copy_(x)
+        return
+    block, amax = _block_size(kept.shape[-1], scale), None
     if not block:  # over all shards
         amax = value.abs().amax()
         amax = (amax.full_tensor() if isinstance(amax, DTensor) else amax).float().to(scale.device)
-    q = _local(codes)
-    if q.numel():
-        adam.encode(_local(value).to(q.device).float(), q, _local(scale), block, positive, amax=amax)
-
-
-def _other_format(wanted: str, got: Iterable[str]) -> str:
-    return (
-        f"the optimizer state must hold {wanted}, got {', '.join(got)}: set [optimizer.fp8] (enable, formats, block_size) "
-        "and parallelism.tensor_parallel_degree as it was saved, or start the optimizer anew"
-    )
-
-
-def _warn(converted: int) -> None:
-    if converted:
-        logger.warning(
-            "The saved optimizer state has %d moments in bf16 or float32: they were rounded to FP8.",
-            converted,
-        )
+    if local.numel():
+        adam.encode(x.to(local.device), local, _local(scale), block, positive, amax=amax)

@@ -27,7 +27,7 @@ from titan_fp8.model.args import FLAVORS
 from titan_fp8.model.decoder import Decoder
 from titan_fp8.model.hf import LlamaAdapter
 from titan_fp8.model.parallelize import parallelize
-from titan_fp8.optim import Fp8AdamW, adopt_plain, plain_destinations, without_blocks
+from titan_fp8.optim import Fp8AdamW, adopt, destinations, without_blocks
 from titan_fp8.stability.processor import build_metrics_processor
 from titan_fp8.validate import build_validator
 
@@ -47,11 +47,14 @@ def build_tokenizer(job_config: Any) -> tokenizers.Tokenizer:
     return tokenizer
 
 
+SETTINGS = "param_groups."  # how torch begins their names in an optimizer's flat state
+
+
 class Optimizers(OptimizersContainer):
-    """torchtitan's container, which also takes AdamW's bf16 or float32 moments where it keeps FP8 ones.
+    """torchtitan's container, which also takes moments that were saved in another format, FP8 or not, or other blocks.
 
     `prepare_to_load(saved)`, what a checkpoint holds for the optimizer (names, and the shapes of tensors), makes the next
-    `state_dict` ask for what is there, or refuse. Without it torch's checkpointing finds names missing.
+    `state_dict` ask for what is there. Without it torch's checkpointing finds names missing.
 
     A load brings steps and moments; learning rate, betas, eps and weight decay stay as configured.
     """
@@ -63,22 +66,16 @@ class Optimizers(OptimizersContainer):
 
     def state_dict(self) -> dict[str, Any]:
         own = super().state_dict()
-        return plain_destinations(own, self.saved) if self.saved else own
+        if not self.saved:
+            return own
+        wanted = destinations(own, self.saved)
+        return {name: value for name, value in wanted.items() if not name.startswith(SETTINGS)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.saved = {}
-        for optimizer in self.optimizers:
-            if isinstance(optimizer, Fp8AdamW):
-                state_dict = adopt_plain(state_dict, self.state_dict(), optimizer.block_size)
-        kept = [
-            {key: value for key, value in group.items() if key != "params"}
-            for optimizer in self.optimizers
-            for group in optimizer.param_groups
-        ]
-        super().load_state_dict(state_dict)
-        groups = (group for optimizer in self.optimizers for group in optimizer.param_groups)
-        for group, settings in zip(groups, kept, strict=True):
-            group.update(settings)
+        own = self.state_dict()
+        settings = {name: value for name, value in own.items() if name.startswith(SETTINGS)}
+        super().load_state_dict(adopt(state_dict, own) | settings)
 
 
 class Schedules(LRSchedulersContainer):
