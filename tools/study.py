@@ -425,6 +425,12 @@ class Arm:
         ]
         return statistics.median(speeds) if speeds else None
 
+    @property
+    def timed(self) -> float | None:
+        """`speed`, but None for an arm that goes on from another's checkpoint: its tokens are not all of its own time."""
+        branched = any("checkpoint.initial_load_path" in run.flags for run in self.runs)
+        return None if branched else self.speed
+
 
 def read_arm(name: str, runs: list[Run]) -> Arm:
     """Read the results of an arm."""
@@ -499,13 +505,13 @@ def table(arms: list[Arm], baseline: Arm) -> Iterator[str]:
 
 def at_equal_time(arms: list[Arm], baseline: Arm) -> list[str]:
     """A line of Markdown: training losses at the GPU seconds of a run of the baseline; none if it was not timed alone."""
-    if not baseline.speed:
+    if not baseline.timed:
         return []
-    seconds, told = baseline.tokens / baseline.speed, []
+    seconds, told = baseline.tokens / baseline.timed, []
     for arm in arms:
-        if not arm.speed or arm.diverged:
+        if not arm.timed or arm.diverged:
             continue
-        here = seconds * arm.speed
+        here = seconds * arm.timed
         losses = []
         for rows in arm.train:
             found = zip(*curve(rows, 20), strict=True)
@@ -581,7 +587,7 @@ def draw(study: Study, arms: list[Arm], baseline: Arm, out: Path) -> None:
         rows_of_panels = 1 + (math.ceil(len(sites) / 3) if with_sites else 0)
         figure = plt.figure(figsize=(11, 4.2 + 2.1 * (rows_of_panels - 1)), layout="constrained")
         grid = figure.add_gridspec(rows_of_panels, 6, height_ratios=[2.0, *[1.0] * (rows_of_panels - 1)])
-        speeds = [arm.speed for arm in arms]
+        speeds = [arm.timed for arm in arms]
         width = 2 if any(speeds) else 3
         left, right = figure.add_subplot(grid[0, :width]), figure.add_subplot(grid[0, width : 2 * width])
         ends, late = [], [-1.0, 1.0]
@@ -593,7 +599,9 @@ def draw(study: Study, arms: list[Arm], baseline: Arm, out: Path) -> None:
             by_seed = dict(zip([run.seed for run in arm.runs], arm.train, strict=True))
             base = dict(zip([run.seed for run in baseline.runs], baseline.train, strict=True))
             for j, seed in enumerate(seed for seed in by_seed if seed in base and arm is not baseline):
-                (x, a), (_, b) = curve(by_seed[seed]), curve(base[seed])
+                rows = by_seed[seed]
+                since = [row for row in base[seed] if rows and row["tokens"] >= rows[0]["tokens"]]
+                (x, a), (_, b) = curve(rows), curve(since)
                 label = arm.name if j == 0 else None
                 gaps = [100 * (u / v - 1) for u, v in zip(a, b, strict=False)]
                 right.plot(x[: len(gaps)], gaps, color=colors[i % 20], linewidth=0.9, label=label)

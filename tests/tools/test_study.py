@@ -105,6 +105,22 @@ def test_the_gap_is_of_the_same_seeds():
     assert study.gap(arm({1: 2.0}), arm({2: 2.0})) is None
 
 
+def test_an_arm_that_goes_on_from_another_is_not_compared_by_its_time(tmp_path):
+    def arm(name, flags, first):
+        rows = [
+            {"tokens": 1000 * step, "loss": 3.0 - step / 10, "tokens_per_second": 100.0}
+            for step in range(first, 11)
+        ]
+        run = study.Run(name, 1, tmp_path / name, tmp_path / f"{name}.gz", flags)
+        return study.Arm(name, [run], [rows], {1: 2.0}, {}, {}, [{"jobs": 1}], True)
+
+    whole = arm("whole", {}, 1)
+    branch = arm("branch", {"checkpoint.initial_load_path": "whole/checkpoint/step-7"}, 8)
+    assert whole.timed == whole.speed == branch.speed == 100.0 and branch.timed is None
+    (line,) = study.at_equal_time([whole, branch], whole)
+    assert "after the 100 GPU seconds of whole: whole 2.000" in line and "branch" not in line
+
+
 def test_runs_stop_go_on_and_are_reported(tiny, tmp_path, capsys):
     """Asked to stop at once, the runs save and end; the same command finishes them; a third has nothing to do."""
     assert study.main(["run", str(tiny), "--jobs", "2", "--seconds", "0"]) == 1
