@@ -109,6 +109,13 @@ def main(argv: list[str] | None = None) -> int:
             f"{options.study} must have a run that ended and whose last checkpoint is here, got none in "
             f"{chosen.folder / 'runs'}: python tools/study.py run {options.study}"
         )
+    out = {run.name: chosen.folder / "downstream" / f"{run.name}.json" for run in runs}
+    waiting = [run for run in runs if run.name in there and not out[run.name].exists()]
+    for run in runs:
+        if run not in waiting:
+            print(f"{run.name}: {'done before' if out[run.name].exists() else 'no last checkpoint here'}")
+    if not waiting:
+        return 0
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         for key in ("HF_DATASETS_CACHE", "HF_MODULES_CACHE"):
@@ -120,18 +127,14 @@ def main(argv: list[str] | None = None) -> int:
             raise UserError(f"lm-eval must be installed, got {error}: pip install -e .[eval]") from error
         limits = build_tasks.COUNT, build_tasks.DOMAIN_BYTES
         build_tasks.build(options.path, folder / "tasks" / "held_out", "held_out", *limits)
-        for run in runs:
-            out = chosen.folder / "downstream" / f"{run.name}.json"
-            if run.name not in there or out.exists():
-                print(f"{run.name}: {'done before' if out.exists() else 'no last checkpoint here'}")
-                continue
+        for run in waiting:
             export(run, chosen.config, there[run.name], folder / run.name)
             with contextlib.redirect_stdout(sys.stderr):
                 found = evaluate(folder / run.name, folder / "tasks" / "held_out", "held_out")
             found |= {"held_out": options.path.name, "lm_eval": version("lm_eval")}
-            out.parent.mkdir(parents=True, exist_ok=True)
+            out[run.name].parent.mkdir(parents=True, exist_ok=True)
             text = json.dumps(found, indent=1) + "\n"
-            save(out, lambda path, text=text: path.write_text(text))
+            save(out[run.name], lambda path, text=text: path.write_text(text))
             accuracy = f", cloze {100 * found['cloze']['acc']:.1f} %" if "cloze" in found else ""
             print(f"{run.name}: {found['bits_per_byte']['mean']:.4f} bits per byte{accuracy}", flush=True)
     return 0
