@@ -508,8 +508,8 @@ def _block_size(columns: int, scale: Tensor) -> int:
 def _decoded(codes: Tensor, scale: Tensor | None) -> Tensor:
     """The float32 values of a stored moment, placed as its codes are."""
     local = _local(codes).float()
-    if scale is not None and local.numel():
-        whole = scale.full_tensor() if isinstance(scale, DTensor) else scale
+    whole = scale.full_tensor() if isinstance(scale, DTensor) else scale
+    if whole is not None and local.numel():
         if block := _block_size(codes.shape[-1], whole):
             start = [0] * codes.ndim
             if isinstance(codes, DTensor):

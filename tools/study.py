@@ -26,7 +26,8 @@ NAME/results/ARM-SEED.jsonl.gz are the rows of a run that came to its end, small
 A run is a process on one GPU (or on the CPU, where there is none); --jobs share one, whose times then mean little and are
 not compared. After --seconds, or on SIGINT or SIGTERM, no run is started any more and those under way save a checkpoint; the
 same command goes on from there. A run that the trainer stopped because it diverged has come to its end too. A run that
-cannot start ends the study with its error. What is there keeps the flags it was made with: others are refused.
+cannot start ends the study with its error. One whose checkpoint.initial_load_path lies in another's folder waits for its end.
+What is there keeps the flags it was made with: others are refused.
 """
 
 from __future__ import annotations
@@ -237,6 +238,13 @@ def check(study: Study, runs: list[Run]) -> None:
 # ---- Runs ----
 
 
+def startable(run: Run, runs: list[Run]) -> bool:
+    """Whether what it goes on from, if that is another of `runs`, has ended."""
+    start = run.flags.get("checkpoint.initial_load_path")
+    source = (ROOT / start).resolve() if start else None
+    return not source or all(other.ended() or other.folder.resolve() not in source.parents for other in runs)
+
+
 class Scheduler:
     """Starts runs where there is room, and writes down how they ended."""
 
@@ -259,8 +267,11 @@ class Scheduler:
         handlers = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             while self.active or (waiting and self.asked_at is None):
-                while waiting and self.free and self.asked_at is None:
-                    self._start(waiting.pop(0))
+                while self.free and self.asked_at is None:
+                    if (run := next((run for run in waiting if startable(run, runs)), None)) is None:
+                        break
+                    waiting.remove(run)
+                    self._start(run)
                 time.sleep(0.2)
                 for process in [process for process in self.active if process.poll() is not None]:
                     self._end(process)

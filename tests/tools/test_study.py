@@ -121,6 +121,17 @@ def test_an_arm_that_goes_on_from_another_is_not_compared_by_its_time(tmp_path):
     assert "after the 100 GPU seconds of whole: whole 2.000" in line and "branch" not in line
 
 
+def test_an_arm_that_goes_on_from_another_waits_for_it(tmp_path):
+    first, other = (study.Run(n, 1, tmp_path / n, tmp_path / f"{n}.gz", {}) for n in ("first", "other"))
+    flags = {"checkpoint.initial_load_path": str(tmp_path / "first/checkpoint/step-7")}
+    branch = study.Run("branch", 1, tmp_path / "branch", tmp_path / "branch.gz", flags)
+    runs = [first, branch, other]
+    assert [study.startable(run, runs) for run in runs] == [True, False, True]
+    assert study.startable(branch, [branch, other]), "its source is not to be run: it may be there"
+    first.result.touch()
+    assert study.startable(branch, runs)
+
+
 def test_runs_stop_go_on_and_are_reported(tiny, tmp_path, capsys):
     """Asked to stop at once, the runs save and end; the same command finishes them; a third has nothing to do."""
     assert study.main(["run", str(tiny), "--jobs", "2", "--seconds", "0"]) == 1
