@@ -26,7 +26,7 @@ NAME/results/ARM-SEED.jsonl.gz are the rows of a run that came to its end, small
 A run is a process on one GPU (or on the CPU, where there is none); --jobs share one, whose times then mean little and are
 not compared. After --seconds, or on SIGINT or SIGTERM, no run is started any more and those under way save a checkpoint; the
 same command goes on from there. A run that the trainer stopped because it diverged has come to its end too. A run that
-cannot start ends the study with its error. One whose checkpoint.initial_load_path lies in another's folder waits for its end.
+cannot start ends the study with its error. One whose checkpoint.initial_load_path lies in another's folder waits for that.
 What is there keeps the flags it was made with: others are refused.
 """
 
