@@ -360,6 +360,13 @@ def _local(tensor: Tensor) -> Tensor:
     return local.detach() if local.requires_grad else local
 
 
+def _offset(tensor: Tensor) -> tuple[int, ...]:
+    """Where this rank's part begins in the whole, by dimension."""
+    if not isinstance(tensor, DTensor):
+        return (0,) * tensor.ndim
+    return compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)[1]
+
+
 def _gradient(p: Tensor) -> Tensor | None:
     """This rank's part of p's gradient, contiguous, at an address that 16-byte accesses can have."""
     if p.grad is None:
@@ -410,9 +417,7 @@ def _slot(p: Tensor, state: dict[str, Tensor], number: int) -> adam.Slot:
         key = next(key for key in (name, f"{name}_e4m3", f"{name}_e5m2") if key in state)
         scale = state.get(f"{name}_scale") if key != name else None
         codes[name] = _local(state[key]), None if scale is None else _local(scale)
-    offset = [0] * p.ndim
-    if isinstance(p, DTensor):
-        offset = compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)[1]
+    offset = _offset(p)
     rows_each = 1  # rows per step of the first dimension
     for size in p.shape[1:-1]:
         rows_each *= size
@@ -438,8 +443,8 @@ def destinations(own: dict[str, Any], saved: Mapping[str, Any]) -> dict[str, Any
     """What to load into, given the names and shapes that a checkpoint holds (None for what is no tensor): `own`, but for
     moments that the checkpoint keeps in another format, or in other blocks, tensors as it keeps them. Codes are placed as
     in `own`; their scales are whole on every rank, since blocks of the one need not end where shards of the other do."""
-    wanted, theirs = dict(own), _moments(saved)
-    for moment, name, there in _kept_otherwise(own, theirs, saved):
+    wanted = dict(own)
+    for moment, name, there in _kept_otherwise(own, saved):
         value, scale = wanted.pop(name), f"{moment}_scale"
         wanted.pop(scale, None)
         dtype = torch.float32 if there == moment else FORMATS[there.removeprefix(f"{moment}_")]
@@ -455,7 +460,7 @@ def adopt(loaded: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
     overwritten); one warning if there are any. From FP8 to float32 nothing is lost; to bfloat16 and to FP8 it is rounded."""
     result, shapes = dict(loaded), {name: getattr(value, "shape", None) for name, value in loaded.items()}
     formats: Counter[str] = Counter()
-    for moment, name, there in _kept_otherwise(own, _moments(loaded), shapes):
+    for moment, name, there in _kept_otherwise(own, shapes):
         scale, source = f"{moment}_scale", result.pop(there)
         source_scale = result.pop(scale, None)
         _store(_decoded(source, source_scale), own[name], own.get(scale), moment.endswith("_sq"))
@@ -473,11 +478,9 @@ def _moments(names: Iterable[str]) -> dict[str, str]:
     return {moment: name for moment, name in found.items() if moment.rpartition(".")[2] in MOMENTS}
 
 
-def _kept_otherwise(
-    own: Mapping[str, Any], theirs: Mapping[str, str], shapes: Mapping[str, Any]
-) -> list[tuple[str, str, str]]:
+def _kept_otherwise(own: Mapping[str, Any], shapes: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """(moment, its name in `own`, its name in a state with these names and shapes) where format or blocks differ."""
-    found = []
+    theirs, found = _moments(shapes), []
     for moment, name in _moments(own).items():
         there = theirs.get(moment)
         if there is None or shapes[there] != own[name].shape:
@@ -507,20 +510,14 @@ def _block_size(columns: int, scale: Tensor) -> int:
 
 def _decoded(codes: Tensor, scale: Tensor | None) -> Tensor:
     """The float32 values of a stored moment, placed as its codes are."""
-    local = _local(codes).float()
-    whole = scale.full_tensor() if isinstance(scale, DTensor) else scale
-    if whole is not None and local.numel():
-        if block := _block_size(codes.shape[-1], whole):
-            start = [0] * codes.ndim
-            if isinstance(codes, DTensor):
-                start = compute_local_shape_and_global_offset(
-                    codes.shape, codes.device_mesh, codes.placements
-                )[1]
-            rows = [slice(first, first + size) for first, size in zip(start[:-1], local.shape, strict=False)]
-            columns = torch.arange(start[-1], start[-1] + local.shape[-1], device=whole.device)
-            whole = whole[tuple(rows)][..., columns // block]
-        local = local * (1.0 / whole)
-    return _like(codes, local, codes.shape)
+    local = _local(codes)
+    scale = scale.full_tensor() if isinstance(scale, DTensor) else scale
+    if scale is not None and scale.ndim:  # as each element has it
+        *start, first = _offset(codes)
+        rows = [slice(begin, begin + size) for begin, size in zip(start, local.shape, strict=False)]
+        columns = torch.arange(first, first + local.shape[-1], device=scale.device)
+        scale = scale[tuple(rows)][..., columns // _block_size(codes.shape[-1], scale)]
+    return _like(codes, adam.decode(local, scale, 1), codes.shape)
 
 
 def _store(value: Tensor, kept: Tensor, scale: Tensor | None, positive: bool) -> None:

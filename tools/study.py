@@ -89,6 +89,12 @@ class Run:
         """The flags, but for where the run lies."""
         return {key: _text(value) for key, value in self.flags.items() if key != "job.dump_folder"}
 
+    @property
+    def start(self) -> Path | None:
+        """The checkpoint that it begins from, if any."""
+        path = self.flags.get("checkpoint.initial_load_path")
+        return (ROOT / path).resolve() if path else None
+
     def outcome(self) -> dict[str, Any] | None:
         """How the run, or its last session, ended; None where none has."""
         try:
@@ -240,9 +246,8 @@ def check(study: Study, runs: list[Run]) -> None:
 
 def startable(run: Run, runs: list[Run]) -> bool:
     """Whether what it goes on from, if that is another of `runs`, has ended."""
-    start = run.flags.get("checkpoint.initial_load_path")
-    source = (ROOT / start).resolve() if start else None
-    return not source or all(other.ended() or other.folder.resolve() not in source.parents for other in runs)
+    before = run.start.parents if run.start else ()
+    return all(other.ended() or other.folder.resolve() not in before for other in runs)
 
 
 class Scheduler:
@@ -439,8 +444,7 @@ class Arm:
     @property
     def timed(self) -> float | None:
         """`speed`, but None for an arm that goes on from another's checkpoint: its tokens are not all of its own time."""
-        branched = any("checkpoint.initial_load_path" in run.flags for run in self.runs)
-        return None if branched else self.speed
+        return None if any(run.start for run in self.runs) else self.speed
 
 
 def read_arm(name: str, runs: list[Run]) -> Arm:
